@@ -1,0 +1,11 @@
+"""Reading nGPT checkpoints: a Hugging Face folder (single or sharded safetensors) or the research code's ckpt.pt.
+
+Every file is read as if it were hostile; every problem is a typed error naming the tensor, key or file.
+"""
+
+from ngpt.checkpoint.base import Checkpoint, TensorInfo
+from ngpt.checkpoint.opening import open_checkpoint
+from ngpt.checkpoint.save import save_hf
+from ngpt.checkpoint.table import Expected, expected_tensors
+
+__all__ = ["Checkpoint", "Expected", "TensorInfo", "expected_tensors", "open_checkpoint", "save_hf"]

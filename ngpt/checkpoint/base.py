@@ -1,0 +1,178 @@
+"""`Checkpoint`: one view of both input formats, in Hugging Face names."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import torch
+
+from ngpt.checkpoint.safetensors_file import TensorInfo
+from ngpt.checkpoint.table import FLOAT_DTYPES, LM_HEAD, expected_tensors
+from ngpt.checkpoint.values import check_values
+from ngpt.errors import DtypeError, MissingTensorError, ShapeError, TensorValueError, UnexpectedTensorError
+from ngpt.spec import NGPTSpec
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_CHUNK = 1 << 22
+
+Progress = Callable[[int, int, str], None]
+"""Called as progress(done, total, what)."""
+
+
+class Source(Protocol):
+    """Where tensors come from: names to infos, and the tensors themselves."""
+
+    infos: Mapping[str, TensorInfo]
+    files: tuple[Path, ...]
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor in its storage dtype."""
+
+    def close(self) -> None:
+        """Release files."""
+
+
+class Checkpoint:
+    """An nGPT checkpoint whose names, shapes and dtypes have been checked; values are read lazily.
+
+    ``config`` is the dict in Hugging Face form (for a research checkpoint, the equivalent one), ``spec`` its
+    meaning. Use as a context manager, or call `close`, to release the memory map.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], source: Source) -> None:
+        self.path = path
+        self.config = config
+        self.spec = NGPTSpec.from_config(config)
+        self._source = source
+        self._digest: str | None = None
+        check_structure(self.spec, source.infos, str(path))
+
+    def names(self) -> tuple[str, ...]:
+        """Names of the stored tensors, in the order of the forward pass."""
+        return tuple(name for name in expected_tensors(self.spec) if name in self._source.infos)
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype and shape without reading. Raises `MissingTensorError`."""
+        if name not in self._source.infos:
+            raise MissingTensorError(f"tensor {name!r} is not in {self.path}")
+        return self._source.infos[name]
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor in its storage dtype, memory-mapped where the format allows. Raises `MissingTensorError`."""
+        self.info(name)
+        return self._source.get(name)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold tensors."""
+        return self._source.files
+
+    @property
+    def tokenizer_files(self) -> tuple[Path, ...]:
+        """Tokenizer and generation files beside the weights, as far as they exist."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        return tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
+
+    def digest(self) -> str:
+        """ "sha256:..." over the bytes of the tensor files, in order of their names. Reads them once."""
+        if self._digest is None:
+            total = hashlib.sha256()
+            for path in sorted(self.files, key=lambda path: path.name):
+                part = hashlib.sha256()
+                with path.open("rb") as file:
+                    while chunk := file.read(_CHUNK):
+                        part.update(chunk)
+                total.update(part.digest())
+            self._digest = "sha256:" + total.hexdigest()
+        return self._digest
+
+    def validate(self, progress: Progress | None = None) -> None:
+        """Read every tensor once and check its values: finite, and matrices on the unit sphere.
+
+        Raises `TensorValueError` naming the tensor, the row or column, and the tolerance of its storage dtype.
+        """
+        table = expected_tensors(self.spec)
+        names = self.names()
+        for done, name in enumerate(names):
+            if progress is not None:
+                progress(done, len(names), name)
+            check_values(name, self.get(name), table[name])
+        if self.spec.tied and LM_HEAD in names:
+            self._check_tied()
+        if progress is not None:
+            progress(len(names), len(names), "")
+
+    def _check_tied(self) -> None:
+        if not torch.equal(self.get(LM_HEAD), self.get("model.embed_tokens.weight")):
+            raise TensorValueError(
+                f"{LM_HEAD} differs from model.embed_tokens.weight",
+                expected="equal tensors, since tie_word_embeddings is true",
+                remedy="set tie_word_embeddings to false, or remove lm_head.weight",
+            )
+
+    def close(self) -> None:
+        """Release the files. Tensors already handed out stay valid."""
+        self._source.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def check_structure(spec: NGPTSpec, infos: Mapping[str, TensorInfo], where: str) -> None:
+    """Names, shapes and dtypes against the table. Raises the error class of the first problem, naming all of it."""
+    table = expected_tensors(spec)
+    missing = [name for name, expected in table.items() if expected.required and name not in infos]
+    extra = sorted(set(infos) - set(table))
+    if missing:
+        raise MissingTensorError(
+            f"{where} lacks {len(missing)} tensor(s): {_some(missing)}",
+            expected=f"{len(table)} tensors as config.json describes",
+            found=f"{len(infos)}" + (f", among them unexpected {_some(extra)}" if extra else ""),
+            remedy="set tie_word_embeddings to true if the head shares the embedding table"
+            if missing == [LM_HEAD]
+            else "complete the checkpoint, or correct config.json",
+        )
+    if extra:
+        raise UnexpectedTensorError(
+            f"{where} holds {len(extra)} tensor(s) that config.json does not describe: {_some(extra)}",
+            expected=f"{len(table)} tensors",
+            found=f"{len(infos)}",
+            remedy="remove them, or correct config.json",
+        )
+    for name, info in infos.items():
+        if info.shape != table[name].shape:
+            raise ShapeError(
+                f"tensor {name!r} in {where} has the wrong shape",
+                expected=str(list(table[name].shape)),
+                found=str(list(info.shape)),
+                remedy="correct the sizes in config.json, or the checkpoint",
+            )
+        if info.dtype not in FLOAT_DTYPES:
+            raise DtypeError(
+                f"tensor {name!r} in {where} has an unusable dtype",
+                expected="one of " + ", ".join(FLOAT_DTYPES),
+                found=info.dtype,
+                remedy="save the weights as float32, float16 or bfloat16",
+            )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

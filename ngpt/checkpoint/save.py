@@ -1,0 +1,90 @@
+"""Writing a checkpoint as a Hugging Face folder: atomically, one shard in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from ngpt.checkpoint.base import Checkpoint, Progress
+from ngpt.checkpoint.opening import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
+from ngpt.errors import BuildError, OutputExistsError
+
+MAX_SHARD_BYTES = 2 << 30
+
+
+def save_hf(
+    checkpoint: Checkpoint,
+    out_dir: str | os.PathLike[str],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> Path:
+    """Write config.json, safetensors (sharded above ``max_shard_bytes``) and tokenizer files to a new folder.
+
+    The folder appears complete or not at all. Values are copied bit for bit. Raises `OutputExistsError`,
+    `BuildError` (disk full and other I/O failures).
+    """
+    target = Path(out_dir)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise OutputExistsError(
+            f"{target} is in use", expected="a new or empty folder", remedy="choose another"
+        )
+    staging: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        folder = staging / "checkpoint"  # a plain mkdir: its permissions follow the umask, mkdtemp's do not
+        folder.mkdir()
+        _write(checkpoint, folder, max_shard_bytes, progress)
+        if target.exists():
+            target.rmdir()
+        folder.rename(target)
+    except OSError as error:
+        raise BuildError(
+            f"cannot write {target}", found=str(error), remedy="free space or fix permissions"
+        ) from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def _write(checkpoint: Checkpoint, folder: Path, limit: int, progress: Progress | None) -> None:
+    text = json.dumps(checkpoint.config, indent=2, sort_keys=True, allow_nan=False)
+    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    for file in checkpoint.tokenizer_files:
+        shutil.copyfile(file, folder / file.name)
+    shards = _shards(checkpoint, limit)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file_name = (
+            SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        )
+        if progress is not None:
+            progress(number - 1, len(shards), file_name)
+        # Views of shared storage (halves of c_fc) must become tensors of their own.
+        tensors = {name: checkpoint.get(name).contiguous().clone() for name in names}
+        save_file(tensors, folder / file_name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(names, file_name))
+    if len(shards) > 1:
+        total = sum(checkpoint.info(name).nbytes for name in checkpoint.names())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(checkpoint: Checkpoint, limit: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name in checkpoint.names():
+        size = checkpoint.info(name).nbytes
+        if shards[-1] and used + size > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    return shards

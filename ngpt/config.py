@@ -1,0 +1,96 @@
+"""NGPTConfig: the configuration of an nGPT checkpoint, as transformers 5 reads and writes it.
+
+Source of the keys and defaults: the configuration published with nvidia/Normalized-Nemotron-8B-Reasoning. The last three
+keys are this project's: they carry the paper's research variant (arXiv:2410.01131, repository NVIDIA/ngpt) in the same form.
+"""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+POSITION_CODES = ("rope", "research")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+
+
+@strict
+class NGPTConfig(PreTrainedConfig):
+    """Everything that shapes an nGPT network.
+
+    `initializer_range` (r in the formulas) is part of the forward: the stored sqk, alpha and sz are multiplied by their
+    init value over r. Both `rope_scaling` / `rope_theta` and transformers 5's `rope_parameters` are accepted.
+    Raises ValueError naming the key when values contradict one another.
+    """
+
+    model_type = "ngpt"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    default_theta = 1_000_000.0
+    # sqk and suv are Linear(1, n), so that "colwise" shards them along with the projection whose channels they scale.
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.sqk": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.suv": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 131072
+    hidden_size: int = 4096
+    intermediate_size: int = 21504
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = 8
+    head_dim: int | None = 128
+    hidden_act: str = "relu2"
+    max_position_embeddings: int = 8192
+    initializer_range: float = 0.014
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    rope_parameters: dict[str, Any] | None = None
+    attention_bias: bool = False
+    attention_dropout: int | float | None = 0.0
+    mlp_bias: bool = False
+    sqk_init_value: int | float = 1.0
+    attn_alpha_init_value: int | float = 0.05
+    mlp_alpha_init_value: int | float = 0.05
+    suv_init_value: int | float = 1.0
+    suv_init_scaling: int | float = 1.0
+    sz_init_value: int | float = 1.0
+    position_code: str = "rope"
+    gated_mlp: bool = False
+    mlp_norm_eps: int | float = 1e-6
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Refuse values that contradict one another; called by transformers when a config is made."""
+        assert self.num_key_value_heads is not None and self.head_dim is not None
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for a rotary position code, found {self.head_dim}")
+        if self.initializer_range == 0 or self.suv_init_scaling == 0:
+            raise ValueError("initializer_range and suv_init_scaling divide in the forward and must not be 0")
+        if self.position_code not in POSITION_CODES:
+            raise ValueError(f"position_code must be one of {POSITION_CODES}, found {self.position_code!r}")
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope_type must be one of {ROPE_TYPES}, found {rope_type!r}")

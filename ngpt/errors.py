@@ -1,0 +1,124 @@
+"""Every error this distribution raises on purpose, in one tree.
+
+    NGPTDeployError
+    ├── ConfigError                 config.json: unknown key, wrong type, contradiction, not nGPT
+    ├── UnsupportedError            understood, but not offered (for example a rope type)
+    ├── CheckpointError             something is wrong with a checkpoint as a whole
+    │   ├── MissingTensorError
+    │   ├── UnexpectedTensorError   extra or duplicate tensor
+    │   ├── ShapeError
+    │   ├── DtypeError
+    │   ├── TensorValueError        NaN, Inf, rows that are not unit norm
+    │   ├── CorruptFileError        truncated or malformed file
+    │   └── UnsafeFormatError       a file format or a path that could run code or escape its folder
+    ├── TargetError                 unknown or malformed target
+    ├── EngineError
+    │   └── ManifestError
+    ├── BuildError
+    │   ├── OutputExistsError
+    │   └── ParityFailedError
+    ├── MissingPackageError         (also an ImportError) an optional dependency is absent
+    ├── PackagingError
+    └── ServerError
+
+The serving runtime is copied into model repositories and therefore has a root of its own,
+``engines.runtime.errors.ServingError``, with the same constructor.
+"""
+
+from __future__ import annotations
+
+
+class NGPTDeployError(Exception):
+    """An error with four parts: what went wrong, what was expected, what was found, what to do.
+
+    ``str(error)`` reads "what: expected X, found Y. remedy"; parts that are empty are left out.
+    """
+
+    def __init__(self, what: str, *, expected: str = "", found: str = "", remedy: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.expected = expected
+        self.found = found
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        facts = [f"expected {self.expected}"] if self.expected else []
+        facts += [f"found {self.found}"] if self.found else []
+        text = self.what + (": " + ", ".join(facts) if facts else "")
+        return f"{text}. {self.remedy}" if self.remedy else text
+
+
+class ConfigError(NGPTDeployError):
+    """``config.json`` cannot describe an nGPT model."""
+
+
+class UnsupportedError(NGPTDeployError):
+    """Well-formed, but deliberately not offered."""
+
+
+class CheckpointError(NGPTDeployError):
+    """A checkpoint cannot be used."""
+
+
+class MissingTensorError(CheckpointError):
+    """A tensor that the config calls for is absent."""
+
+
+class UnexpectedTensorError(CheckpointError):
+    """A tensor that the config does not call for, or one stored twice."""
+
+
+class ShapeError(CheckpointError):
+    """A tensor's shape disagrees with the config."""
+
+
+class DtypeError(CheckpointError):
+    """A tensor is stored in a dtype that is not a plain floating-point type."""
+
+
+class TensorValueError(CheckpointError):
+    """A tensor's values are impossible: NaN, Inf, or rows off the unit sphere."""
+
+
+class CorruptFileError(CheckpointError):
+    """A file is truncated or malformed."""
+
+
+class UnsafeFormatError(CheckpointError):
+    """A file format or a path that must not be trusted."""
+
+
+class TargetError(NGPTDeployError):
+    """Unknown or malformed build target."""
+
+
+class EngineError(NGPTDeployError):
+    """An engine cannot be used."""
+
+
+class ManifestError(EngineError):
+    """An engine's manifest is missing or disagrees with its files."""
+
+
+class BuildError(NGPTDeployError):
+    """An engine could not be built."""
+
+
+class OutputExistsError(BuildError):
+    """The output folder is already in use."""
+
+
+class ParityFailedError(BuildError):
+    """The engine was built, but does not agree with the PyTorch model."""
+
+
+class MissingPackageError(NGPTDeployError, ImportError):
+    """An optional package is not installed."""
+
+
+class PackagingError(NGPTDeployError):
+    """An engine could not be packaged as a model repository."""
+
+
+class ServerError(NGPTDeployError):
+    """The inference server could not be started, reached or stopped."""

@@ -1,0 +1,38 @@
+"""Writing deliberately odd checkpoints for tests."""
+
+import json
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+def golden_tensors(name="gqa"):
+    return load_file(GOLDEN / name / "model.safetensors")
+
+
+def golden_config(name="gqa"):
+    return json.loads((GOLDEN / name / "config.json").read_text())
+
+
+def write_checkpoint(folder, tensors=None, **changes):
+    """A folder with golden gqa's config (changed) and tensors (or those given)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**golden_config(), **changes}))
+    save_file(golden_tensors() if tensors is None else tensors, folder / "model.safetensors")
+    return folder
+
+
+def write_shards(folder, parts, weight_map=None):
+    """Shards from a list of tensor dicts; the index is honest unless given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(golden_config()))
+    honest = {}
+    for number, part in enumerate(parts):
+        name = f"model-{number}.safetensors"
+        save_file(part, folder / name)
+        honest |= dict.fromkeys(part, name)
+    index = {"metadata": {}, "weight_map": honest if weight_map is None else {**honest, **weight_map}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
