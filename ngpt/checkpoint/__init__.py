@@ -3,8 +3,9 @@
 Every file is read as if it were hostile; every problem is a typed error naming the tensor, key or file.
 """
 
-from ngpt.checkpoint.base import Checkpoint, TensorInfo
+from ngpt.checkpoint.base import Checkpoint
 from ngpt.checkpoint.opening import open_checkpoint
+from ngpt.checkpoint.safetensors_file import TensorInfo
 from ngpt.checkpoint.save import save_hf
 from ngpt.checkpoint.table import Expected, expected_tensors
 

@@ -35,8 +35,13 @@ Progress = Callable[[int, int, str], None]
 class Source(Protocol):
     """Where tensors come from: names to infos, and the tensors themselves."""
 
-    infos: Mapping[str, TensorInfo]
-    files: tuple[Path, ...]
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Name to dtype and shape."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold tensors."""
 
     def get(self, name: str) -> torch.Tensor:
         """The tensor in its storage dtype."""

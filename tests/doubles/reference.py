@@ -32,15 +32,31 @@ def activation(name, u):
 
 
 class Reference:
-    """``logits, hidden = Reference(weights)(ids, positions, mask)``; hidden is [layers + 1, B, T, E]."""
+    """``logits, hidden = Reference(weights)(ids, positions, mask)``; hidden is [layers + 1, B, T, E].
 
-    def __init__(self, weights, faults=()):
+    ``dtype`` is that of all arithmetic. ``replace(name, matrix)`` changes weights (quantisation); ``round_input``
+    changes the input of every product with a weight (quantised activations).
+    """
+
+    def __init__(self, weights, faults=(), dtype=np.float64, replace=None, round_input=None):
         self.spec = weights.spec
         self.faults = frozenset(faults)
-        self.w = {name: weights.get(name).astype(np.float64) for name in weights.names()}
+        self.dtype = dtype
+        self.round_input = round_input or (lambda x: x)
+        self.w = {}
+        for name in weights.names():
+            value = weights.get(name)
+            if replace is not None and name.endswith(".weight"):
+                value = replace(name, value)
+            self.w[name] = value.astype(dtype)
+        if "signed_alpha" in self.faults:
+            for layer in range(self.spec.num_layers):
+                for part in ("attn", "mlp"):
+                    raw = weights.checkpoint.get(f"model.layers.{layer}.{part}_alpha").numpy()
+                    self.w[f"layers.{layer}.{part}.lr"] *= np.sign(raw).astype(dtype)
 
     def linear(self, name, x):
-        y = x @ self.w[name + ".weight"].T
+        y = self.round_input(x) @ self.w[name + ".weight"].T
         return y + self.w[name + ".bias"] if name + ".bias" in self.w else y
 
     def encode(self, x, positions):
@@ -55,7 +71,7 @@ class Reference:
             out[..., 1::2] = x[..., 0::2] * s
             return out
         angle = positions[:, :, None, None] * np.asarray(spec.inv_freq)
-        cos, sin = np.cos(angle) * spec.rope_attention_scaling, np.sin(angle) * spec.rope_attention_scaling
+        cos, sin = ((f(angle) * spec.rope_attention_scaling).astype(self.dtype) for f in (np.cos, np.sin))
         half = spec.rotary_dim // 2
         a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
         return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
@@ -106,4 +122,4 @@ class Reference:
             h = self.update(name + "mlp.", h, self.mlp(layer, h), self.spec.mlp_eps)
             taps[name + "mlp.update"] = h
             hidden.append(h)
-        return h @ self.w["head.weight"].T, np.stack(hidden)
+        return self.linear("head", h), np.stack(hidden)

@@ -1,0 +1,43 @@
+# make demo | make test | make check | make bench
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export OMP_NUM_THREADS ?= 2
+export HF_HUB_OFFLINE := 1
+
+.PHONY: env demo test check format bench freeze clean
+
+env: $(STAMP)
+
+# torch comes first and pinned: installed as somebody's dependency it would bring several gigabytes of CUDA libraries.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[onnx,serve,genai,openvino,dev]'
+	touch $@
+
+demo: env
+	$(BIN)/python scripts/demo.py
+
+test: env
+	$(BIN)/python -m pytest -q
+
+check: env
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: env
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: env
+	$(BIN)/python scripts/bench.py
+
+freeze: env
+	@echo "# Versions seen to resolve and to pass the whole suite together (Python 3.11, 2 CPU cores). Regenerate with: make freeze" > constraints.txt
+	@$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' >> constraints.txt
+
+clean:
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,137 @@
+"""The gate: an engine passes when its error is a small multiple of the noise its own precision shows.
+
+Every check compares a measured error with the *noise*: the distance, on the same tokens, between the wide reference
+and the PyTorch model in the engine's precision. All distances are linear in the size of the perturbation (KL enters
+by its square root), so that one multiple means the same everywhere. Why these multiples: see docs/parity.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from engines.parity.compare import Array, Distance
+from engines.parity.prompts import Sequence
+from engines.parity.quantized import WeightAudit
+
+MEAN_MULTIPLE = 4.0
+WORST_MULTIPLE = 8.0
+_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison. ``passed`` is ``measured <= limit`` (False for NaN); ``noise`` and ``limit`` in the same unit."""
+
+    name: str
+    measured: float
+    noise: float
+    limit: float
+    unit: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the measured value is within the limit."""
+        return bool(self.measured <= self.limit)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The distances of the engine and of the noise run from the same reference, one entry per sequence."""
+
+    sequences: list[Sequence]
+    engine: list[Distance]
+    noise: list[Distance]
+    logit_size: float  # rms of the reference's logits
+    precision: str  # of the engine's arithmetic outside quantised products
+
+
+def checks(measured: Measured, audit: WeightAudit | None = None) -> list[Check]:
+    """Every check of the gate. The verdict is "pass" iff all of them pass."""
+    finite = all(d.finite for d in measured.engine)
+    found = [Check("every output is finite", 0.0 if finite else 1.0, 0.0, 0.0, "")]
+    # No result can be closer than the rounding of the engine's own output: the floor below any noise.
+    roundoff = _ROUNDOFF[measured.precision]
+    for phase in ("prefill", "decode"):
+        part = phase_of(phase)
+        found += _pair(
+            f"{phase}: logit error", measured, part, lambda d: d.rms, roundoff * measured.logit_size, "logit"
+        )
+        found += _pair(f"{phase}: sqrt(KL)", measured, part, lambda d: np.sqrt(d.kl), roundoff, "sqrt(nat)")
+        found += _pair(f"{phase}: angle of logits", measured, part, lambda d: d.logit_angle, roundoff, "rad")
+        found += _pair(
+            f"{phase}: norm ratio of logits", measured, part, lambda d: np.abs(d.norm_ratio - 1), roundoff, ""
+        )
+    found.append(_top1(measured))
+    for tap in tap_names(measured.engine):
+        found += _pair(f"angle at {tap}", measured, None, lambda d, tap=tap: d.angles[tap], roundoff, "rad")  # type: ignore[misc]
+    if audit is not None:
+        found.append(
+            Check(f"quantised weights, worst ({audit.worst_name})", audit.worst_step, 0.5, 1.01, "step")
+        )
+        found.append(Check("quantised weights, rms", audit.worst_rms, 0.29, 0.5, "step"))
+        found.append(Check("some weights are quantised", 0.0 if audit.matrices else 1.0, 0.0, 0.0, ""))
+    return found
+
+
+def tap_names(distances: list[Distance]) -> list[str]:
+    """Taps that every sequence has, in the order of the forward pass."""
+    common = set.intersection(*(set(d.angles) for d in distances)) if distances else set()
+
+    def order(name: str) -> tuple[int, int]:
+        parts = name.split(".")
+        return (-1, 0) if len(parts) < 3 else (int(parts[1]), int(parts[2] != "attn"))
+
+    return sorted(common, key=order)
+
+
+def phase_of(phase: str) -> Callable[[Sequence], slice]:
+    """The positions of a sequence that belong to a phase."""
+    if phase == "prefill":
+        return lambda sequence: slice(0, sequence.prompt_length)
+    return lambda sequence: slice(sequence.prompt_length, None)
+
+
+def _pair(
+    name: str,
+    measured: Measured,
+    part: Callable[[Sequence], slice] | None,
+    value: Callable[[Distance], Array],
+    floor: float,
+    unit: str,
+) -> list[Check]:
+    """The mean over all positions, and the worst position (a fault of one slot or step hides in a mean)."""
+
+    def gather(distances: list[Distance]) -> Array:
+        pieces = [
+            value(d)[part(s) if part is not None else slice(None)]
+            for s, d in zip(measured.sequences, distances, strict=True)
+        ]
+        return np.concatenate(pieces)
+
+    ours, noise = gather(measured.engine), gather(measured.noise)
+    mean, worst = max(float(noise.mean()), floor), max(float(noise.max()), floor)
+    return [
+        Check(f"{name}, mean", float(ours.mean()), float(noise.mean()), MEAN_MULTIPLE * mean, unit),
+        Check(f"{name}, worst position", float(ours.max()), float(noise.max()), WORST_MULTIPLE * worst, unit),
+    ]
+
+
+def stable_positions(measured: Measured) -> list[np.ndarray[tuple[int], np.dtype[np.bool_]]]:
+    """Positions whose reference margin exceeds what the permitted noise could close, per sequence.
+
+    Two logits may each move by the permitted worst error, so the first choice is only required to agree where the
+    gap is more than twice that.
+    """
+    worst = max(float(d.max_abs.max()) for d in measured.noise)
+    return [d.margin > 2 * WORST_MULTIPLE * worst for d in measured.engine]
+
+
+def _top1(measured: Measured) -> Check:
+    wrong = sum(
+        int((~d.top1[stable]).sum())
+        for d, stable in zip(measured.engine, stable_positions(measured), strict=True)
+    )
+    return Check("first choice differs where the margin is stable", float(wrong), 0.0, 0.0, "positions")

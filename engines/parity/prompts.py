@@ -1,0 +1,98 @@
+"""The token sequences on which two runs are compared: random tokens and, with a tokenizer, real text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ngpt.checkpoint import Checkpoint
+from ngpt.errors import ConfigError, MissingPackageError
+
+TEXTS = (
+    "def read_lines(path):\n    with open(path) as file:\n        for line in file:\n",
+    "The largest planet in the solar system is",
+)
+_RANDOM_LENGTHS = (5, 33, 128)
+
+Continue = Callable[[list[int], int], list[int]]
+"""(prompt, steps) -> that many further tokens."""
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Teacher-forced tokens: the first ``prompt_length`` are prefilled, the others decoded one by one."""
+
+    name: str
+    tokens: tuple[int, ...]
+    prompt_length: int
+    is_text: bool
+
+
+def make_sequences(
+    checkpoint: Checkpoint,
+    prompts: Items[str | Items[int]] | None,
+    *,
+    max_length: int,
+    decode_steps: int,
+    seed: int,
+    continue_greedily: Continue,
+) -> list[Sequence]:
+    """Sequences of prompt + ``decode_steps`` tokens, none longer than ``max_length``.
+
+    Given prompts (text, or token ids) are continued by the reference's greedy choice. By default there are three
+    random-token sequences, which visit directions that text never does, and two of text if the checkpoint has a
+    tokenizer. Raises `ConfigError` for unusable prompts or lengths.
+    """
+    room = max_length - decode_steps
+    if decode_steps < 1 or room < 1:
+        raise ConfigError(
+            "decode_steps",
+            expected=f"1 to {max_length - 1} (the model's length is {max_length})",
+            found=str(decode_steps),
+        )
+    vocabulary = checkpoint.spec.vocab_size
+    sequences = []
+    if prompts is None:
+        random = np.random.default_rng(seed)
+        for length in sorted({min(length, room) for length in _RANDOM_LENGTHS}):
+            drawn = random.integers(0, vocabulary, length + decode_steps)
+            sequences.append(Sequence(f"random {length}", tuple(map(int, drawn)), length, is_text=False))
+        prompts = TEXTS if _tokenizer_file(checkpoint) else ()
+    for number, prompt in enumerate(prompts):
+        ids = _encode(checkpoint, prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        if not ids or not all(0 <= token < vocabulary for token in ids):
+            raise ConfigError(
+                f"parity prompt {number}",
+                expected=f"at least one token id below {vocabulary}",
+                found=str(ids[:8]),
+            )
+        ids = ids[:room]
+        is_text = isinstance(prompt, str)
+        tokens = (*ids, *continue_greedily(ids, decode_steps))
+        sequences.append(Sequence(f"{'text' if is_text else 'tokens'} {number}", tokens, len(ids), is_text))
+    return sequences
+
+
+def _tokenizer_file(checkpoint: Checkpoint) -> Path | None:
+    return next((path for path in checkpoint.tokenizer_files if path.name == "tokenizer.json"), None)
+
+
+def _encode(checkpoint: Checkpoint, text: str) -> list[int]:
+    path = _tokenizer_file(checkpoint)
+    if path is None:
+        raise ConfigError(
+            "a text prompt needs a tokenizer",
+            expected="tokenizer.json beside the checkpoint",
+            remedy="give token ids instead",
+        )
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise MissingPackageError(
+            "text prompts need the package tokenizers", remedy="pip install tokenizers"
+        ) from error
+    return list(Tokenizer.from_file(str(path)).encode(text).ids)

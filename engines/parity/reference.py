@@ -1,0 +1,104 @@
+"""Running `NGPTForCausalLM` as the reference: through its public class, one sequence at a time, in a chosen precision."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engines.parity.trace import Trace
+from ngpt.checkpoint import Checkpoint, save_hf
+from ngpt.errors import MissingPackageError
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+@contextlib.contextmanager
+def loadable_folder(checkpoint: Checkpoint) -> Iterator[Path]:
+    """A Hugging Face folder with this checkpoint: its own, or a temporary conversion of a research file."""
+    if checkpoint.path.is_dir() and (checkpoint.path / "config.json").is_file():
+        yield checkpoint.path
+        return
+    with tempfile.TemporaryDirectory(prefix="ngpt-parity-") as folder:
+        yield save_hf(checkpoint, Path(folder) / "checkpoint")
+
+
+class TorchReference:
+    """The PyTorch model in one precision, on the CPU. ``attention`` is transformers' name of an implementation."""
+
+    def __init__(self, folder: Path, precision: str, *, attention: str = "eager") -> None:
+        try:
+            from ngpt import NGPTForCausalLM
+        except ImportError as error:
+            raise MissingPackageError(
+                "the parity check needs torch and transformers", remedy="pip install 'ngpt-deploy[dev]'"
+            ) from error
+        dtype = DTYPES[precision]
+        self.precision = precision
+        with _quiet_loading():
+            self.model: Any = NGPTForCausalLM.from_pretrained(
+                folder, dtype=dtype, attn_implementation=attention
+            )
+        self.model.eval()
+        if dtype == torch.float64:
+            self.model.double()  # transformers keeps some vectors in float32; widening them is exact
+
+    def run(self, tokens: tuple[int, ...]) -> Trace:
+        """Logits [T, V] and hidden states after the embedding and after every half layer, wide enough to be exact."""
+        wide = torch.float64 if self.precision == "float64" else torch.float32
+        ids = torch.tensor([tokens], dtype=torch.int64)
+        with torch.no_grad(), _recorded(self.model) as recorded:
+            output = self.model(input_ids=ids, output_hidden_states=True, use_cache=False)
+        taps = {name: value[0].to(wide).numpy() for name, value in recorded.items()}
+        for index, hidden in enumerate(output.hidden_states):
+            name = "embed" if index == 0 else f"layers.{index - 1}.mlp.update"
+            taps[name] = hidden[0].to(wide).numpy()
+        logits = output.logits[0].to(wide).numpy()
+        return Trace(np.ascontiguousarray(logits), taps)
+
+    def continue_greedily(self, tokens: list[int], steps: int) -> list[int]:
+        """The model's own next ``steps`` tokens; an end-of-sequence token does not stop it."""
+        fed, past, out = torch.tensor([tokens], dtype=torch.int64), None, []
+        with torch.no_grad():
+            for _ in range(steps):
+                output = self.model(input_ids=fed, past_key_values=past, use_cache=True, logits_to_keep=1)
+                past, fed = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
+                out.append(int(fed))
+        return out
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No bar of transformers' own: progress is the caller's to show."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _recorded(model: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """The model's own taps between attention and MLP, where this version of it offers them."""
+    import ngpt.model
+
+    record = getattr(ngpt.model, "record_taps", None)
+    if record is None:
+        yield {}
+        return
+    with record(model) as taps:
+        yield taps

@@ -1,0 +1,325 @@
+"""`verify`: the whole parity check of one engine against the PyTorch model."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engines.parity.compare import Distance, Runner, TapFunction, distance, run_engine
+from engines.parity.gate import MEAN_MULTIPLE, WORST_MULTIPLE, Measured, checks, stable_positions, tap_names
+from engines.parity.prompts import Sequence, make_sequences
+from engines.parity.quantized import Quantization, WeightAudit, put_quantized_weights, quantize_activations
+from engines.parity.reference import TorchReference, loadable_folder
+from engines.parity.report import ParityReport, SequenceResult
+from engines.parity.trace import Trace
+from ngpt.checkpoint import Checkpoint, expected_tensors, open_checkpoint
+from ngpt.errors import EngineError, TargetError
+
+FLOAT64_LIMIT_BYTES = 8 << 30
+PARITY_SLOTS = 3  # enough for ragged batches, and for sequences that reuse a slot
+
+# Names of target files to dtypes of PyTorch; a quantised engine computes in float32 around its integer products.
+PRECISIONS = {
+    "fp32": "float32",
+    "float32": "float32",
+    "fp16": "float16",
+    "float16": "float16",
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+    "int8": "float32",
+    "int4": "float32",
+}
+_BITS = {"int8": 8, "int4": 4}
+
+Progress = Callable[[int, int, str], None]
+
+
+def verify(
+    engine: Any,
+    checkpoint: str | os.PathLike[str] | Checkpoint,
+    *,
+    prompts: Items[str | Items[int]] | None = None,
+    decode_steps: int = 64,
+    seed: int = 0,
+    precision: str | None = None,
+    block_size: int = 32,
+    quantization: Quantization | None = None,
+    taps: TapFunction | None = None,
+    float64_limit_bytes: int = FLOAT64_LIMIT_BYTES,
+    progress: Progress | None = None,
+) -> ParityReport:
+    """Compare an engine, teacher-forced, with `NGPTForCausalLM` on the same checkpoint.
+
+    ``engine``: a folder, a loaded engine, or a bare runner. ``precision``: "fp32", "fp16", "bf16", or "int8" / "int4"
+    for quantised weights in blocks of ``block_size`` with int8 activations and float32 elsewhere (default: from the
+    manifest, else "fp32"); ``quantization`` states another scheme. ``taps`` gives the engine's hidden states, ids [T]
+    to name -> [T, E], for the check layer by layer. The reference is float64 where the model fits in
+    ``float64_limit_bytes``, else float32; the report says which. ``progress(done, total, what)``.
+
+    Raises `EngineError` if the engine misbehaves, `CheckpointError` or `ConfigError` for bad input. A numerical
+    disagreement is no exception: it is the verdict "fail".
+    """
+    checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    runner, owned, name, declared = _runner_of(engine)
+    try:
+        _check_sizes(runner, checkpoint)
+        arithmetic, quantization = _scheme(precision or declared, block_size, quantization)
+        work = _Work(checkpoint, arithmetic, quantization, float64_limit_bytes, progress)
+        with loadable_folder(checkpoint) as folder:
+            sequences, original = work.original(folder, prompts, runner.max_length, decode_steps, seed)
+            reference, audit = work.reference(folder, sequences, original)
+            noise = work.noise(folder, sequences)
+        work.tell("running the engine")
+        traces = run_engine(runner, sequences, taps)
+    finally:
+        if owned is not None:
+            owned.close()
+    work.tell("comparing")
+    return work.report(name, sequences, original, reference, noise, traces, audit)
+
+
+class _Work:
+    """The steps of one verification; every PyTorch model is dropped before the next is loaded."""
+
+    steps = 5
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        precision: str,
+        quantization: Quantization | None,
+        limit: int,
+        progress: Progress | None,
+    ) -> None:
+        self.precision = precision
+        self.quantization = quantization
+        self.progress = progress
+        self.done = 0
+        parameters = sum(
+            int(np.prod(expected.shape)) for expected in expected_tensors(checkpoint.spec).values()
+        )
+        self.wide = "float64" if 8 * parameters <= limit else "float32"
+
+    def tell(self, what: str) -> None:
+        if self.progress is not None:
+            self.progress(self.done, self.steps, what)
+        self.done += 1
+
+    def original(
+        self, folder: Path, prompts: Items[str | Items[int]] | None, length: int, steps: int, seed: int
+    ) -> tuple[list[Sequence], list[Trace]]:
+        """The sequences, and the unquantised model's traces in the wide precision."""
+        self.tell(f"running PyTorch in {self.wide}")
+        model = TorchReference(folder, self.wide)
+        with open_checkpoint(folder) as source:
+            sequences = make_sequences(
+                source,
+                prompts,
+                max_length=min(length, source.spec.max_length),
+                decode_steps=steps,
+                seed=seed,
+                continue_greedily=model.continue_greedily,
+            )
+        return sequences, _run(model, sequences)
+
+    def reference(
+        self, folder: Path, sequences: list[Sequence], original: list[Trace]
+    ) -> tuple[list[Trace], WeightAudit | None]:
+        """What the engine should compute: the original, or the same with quantised weights."""
+        if self.quantization is None:
+            self.tell("using that run as the reference")
+            return original, None
+        self.tell(f"running PyTorch in {self.wide} with quantised weights")
+        model = TorchReference(folder, self.wide)
+        audit = put_quantized_weights(model.model, self.quantization)
+        return _run(model, sequences), audit
+
+    def noise(self, folder: Path, sequences: list[Sequence]) -> list[Trace]:
+        """What PyTorch computes in the engine's precision.
+
+        Where the reference itself is float32, a float32 run with another attention kernel (another order of
+        summation) stands in.
+        """
+        self.tell(f"running PyTorch in {self.noise_name}")
+        other_kernel = self.precision == self.wide and not self._rounds_activations
+        model = TorchReference(folder, self.precision, attention="sdpa" if other_kernel else "eager")
+        if self.quantization is not None:
+            put_quantized_weights(model.model, self.quantization)
+            if self.quantization.int8_activations:
+                quantize_activations(model.model, self.quantization)
+        return _run(model, sequences)
+
+    @property
+    def _rounds_activations(self) -> bool:
+        return self.quantization is not None and self.quantization.int8_activations
+
+    @property
+    def noise_name(self) -> str:
+        """In words, what the noise is."""
+        words = self.precision
+        if self.quantization is not None:
+            words += f" with int{self.quantization.bits} weights"
+            words += " and int8 activations" if self._rounds_activations else ""
+        if self.precision == self.wide and not self._rounds_activations:
+            words += ", another attention kernel"
+        return words
+
+    def report(
+        self,
+        name: str,
+        sequences: list[Sequence],
+        original: list[Trace],
+        reference: list[Trace],
+        noise: list[Trace],
+        engine: list[Trace],
+        audit: WeightAudit | None,
+    ) -> ParityReport:
+        """Distances, checks, verdict, summary."""
+        ours, floor, lost, end_to_end = (
+            [distance(a, b, s.tokens) for a, b, s in zip(base, run, sequences, strict=True)]
+            for base, run in (
+                (reference, engine),
+                (reference, noise),
+                (original, reference),
+                (original, engine),
+            )
+        )
+        size = float(np.sqrt(np.mean([np.mean(np.square(t.logits)) for t in reference])))
+        measured = Measured(sequences, ours, floor, size, self.precision)
+        found = checks(measured, audit)
+        verdict = "pass" if all(check.passed for check in found) else "fail"
+        summary: dict[str, Any] = {
+            "verdict": verdict,
+            "engine": name,
+            "reference": f"PyTorch {self.wide}" + (" with the same quantised weights" if audit else ""),
+            "noise": f"PyTorch {self.noise_name}",
+            "sequences": len(sequences),
+            "positions": sum(len(s.tokens) for s in sequences),
+            "decode_steps": max(len(s.tokens) - s.prompt_length for s in sequences),
+            "max_abs_logit_error": _joined(ours, "max_abs", np.max),
+            "max_abs_logit_noise": _joined(floor, "max_abs", np.max),
+            "kl_mean": _joined(ours, "kl", np.mean),
+            "kl_max": _joined(ours, "kl", np.max),
+            "kl_mean_noise": _joined(floor, "kl", np.mean),
+            "cosine_min": _joined(ours, "cosine", np.min),
+            "norm_ratio": {
+                "min": _joined(ours, "norm_ratio", np.min),
+                "max": _joined(ours, "norm_ratio", np.max),
+            },
+            "top1_agreement": _joined(ours, "top1", np.mean),
+            "stable_positions": float(np.mean(np.concatenate(stable_positions(measured)))),
+            "first_divergence": _first_divergence(found),
+            "taps": len(tap_names(ours)),
+            "gate": {"mean": MEAN_MULTIPLE, "worst position": WORST_MULTIPLE},
+            "failed_checks": [check.name for check in found if not check.passed],
+        }
+        if self.quantization is not None:
+            summary["quantization"] = f"int{self.quantization.bits}, blocks of {self.quantization.block_size}"
+            summary["quantization_loss"] = _loss(sequences, lost)
+            summary["engine_loss"] = _loss(sequences, end_to_end)
+        results = [
+            SequenceResult(
+                name=sequence.name,
+                prompt_length=sequence.prompt_length,
+                kl=e.kl.tolist(),
+                kl_noise=n.kl.tolist(),
+                max_abs=e.max_abs.tolist(),
+                max_abs_noise=n.max_abs.tolist(),
+                angles={tap: float(values.mean()) for tap, values in e.angles.items()},
+                angles_noise={tap: float(n.angles[tap].mean()) for tap in e.angles if tap in n.angles},
+            )
+            for sequence, e, n in zip(sequences, ours, floor, strict=True)
+        ]
+        return ParityReport(verdict, summary, found, results)
+
+
+def _run(model: TorchReference, sequences: list[Sequence]) -> list[Trace]:
+    traces = [model.run(sequence.tokens) for sequence in sequences]
+    del model.model  # two copies of a large model must never be alive together
+    gc.collect()
+    return traces
+
+
+def _joined(distances: list[Distance], field: str, reduce: Callable[[Any], Any]) -> float:
+    return float(reduce(np.concatenate([getattr(d, field) for d in distances])))
+
+
+def _loss(sequences: list[Sequence], distances: list[Distance]) -> dict[str, float]:
+    """Against the original weights: KL and agreement everywhere; perplexities on text if there is any."""
+    text = [d for s, d in zip(sequences, distances, strict=True) if s.is_text] or distances
+    before, after = (float(np.exp(np.mean(np.concatenate([d.nll[i] for d in text])))) for i in (0, 1))
+    return {
+        "kl_mean": _joined(distances, "kl", np.mean),
+        "kl_max": _joined(distances, "kl", np.max),
+        "top1_agreement": _joined(distances, "top1", np.mean),
+        "perplexity_original": before,
+        "perplexity": after,
+        "perplexity_change": after / before - 1,
+    }
+
+
+def _first_divergence(found: Items[Any]) -> str | None:
+    """The first tap whose angle leaves its limit: where to start looking."""
+    bad = next((check for check in found if check.name.startswith("angle at ") and not check.passed), None)
+    return None if bad is None else bad.name.removeprefix("angle at ").split(",")[0]
+
+
+def _check_sizes(runner: Runner, checkpoint: Checkpoint) -> None:
+    if runner.vocab_size != checkpoint.spec.vocab_size:
+        raise EngineError(
+            "the engine was not built from this checkpoint: vocab_size",
+            expected=str(checkpoint.spec.vocab_size),
+            found=str(runner.vocab_size),
+            remedy="pass the checkpoint that the engine's manifest names",
+        )
+
+
+def _runner_of(engine: Any) -> tuple[Runner, Any, str, str]:
+    """(runner, what to close afterwards or None, name, precision) of whatever was passed as an engine."""
+    owned = None
+    if isinstance(engine, str | os.PathLike):
+        from engines.runtime.engine import load_engine
+
+        owned = engine = load_engine(engine, num_slots=PARITY_SLOTS)
+    manifest = getattr(engine, "manifest", None)
+    runner: Any = engine
+    for holder in (engine, getattr(engine, "scheduler", None)):
+        if getattr(holder, "runner", None) is not None:
+            runner = holder.runner  # type: ignore[union-attr]
+            break
+    missing = [
+        part for part in ("open", "close", "prefill", "decode", "vocab_size") if not hasattr(runner, part)
+    ]
+    if missing:
+        if owned is not None:
+            owned.close()
+        raise EngineError(
+            "this is not an engine",
+            expected="a folder, a loaded engine or a runner",
+            found=type(engine).__name__,
+        )
+    if manifest is None:
+        return runner, owned, type(runner).__name__, "fp32"
+    return runner, owned, manifest.name, manifest.target.precision
+
+
+def _scheme(
+    precision: str, block_size: int, quantization: Quantization | None
+) -> tuple[str, Quantization | None]:
+    """The dtype of the engine's arithmetic, and its quantisation if it has one."""
+    if precision not in PRECISIONS:
+        raise TargetError(
+            "precision of the parity check", expected=", ".join(PRECISIONS), found=repr(precision)
+        )
+    if quantization is None and precision in _BITS:
+        from export.quantize import quantize_dequantize
+
+        # The exporter keeps the head at 8 bits: its rounding would go straight into the logits.
+        quantization = Quantization(_BITS[precision], block_size, quantize_dequantize, head_bits=8)
+    return PRECISIONS[precision], quantization

@@ -1,0 +1,217 @@
+"""Runs an engine's ONNX graph for the scheduler: many sequences, each in a slot of one key-value cache.
+
+With the cache in place (the fused graph) every layer has one buffer [slots, K, max_length, D]; past and present are bound to
+the same memory, and a step touches only the rows it needs. With a growing cache (the portable graph) each slot keeps
+its own arrays. The CUDA path is contract-tested; not executed on a CUDA device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import CapacityError, EngineFileError
+
+if TYPE_CHECKING:
+    from .manifest import Manifest
+
+Logits = NDArray[np.float32]
+_DTYPES = {"float32": np.float32, "float16": np.float16}
+
+
+class OnnxRunner:
+    """The `Runner` protocol over onnxruntime.InferenceSession. Not thread-safe: the scheduler is its one caller."""
+
+    def __init__(self, folder: Path, manifest: Manifest, num_slots: int, threads: int | None = None) -> None:
+        model = manifest.model
+        self.vocab_size, self.max_length, self.num_slots = model.vocab_size, model.max_length, num_slots
+        self.layers = model.num_layers
+        self.in_place = manifest.target.cache == "in-place"
+        self._session = _open_session(folder / manifest.graph, manifest.target.providers, threads)
+        self._device = "cuda" if self._session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
+        row = (model.num_kv_heads, self.max_length, model.head_dim)
+        dtype = np.dtype(_DTYPES[model.cache_dtype])
+        self._cache: _SharedCache | _GrowingCache
+        if self.in_place:
+            self._cache = _SharedCache(self._session, self.layers, num_slots, row, dtype, self._device)
+        else:
+            self._cache = _GrowingCache(self._session, self.layers, row, dtype)
+        self._rows: dict[int, int] = {}  # slot handle -> row of the cache
+        self._lengths = np.zeros(num_slots, dtype=np.int64)
+        self._next = 0
+
+    def open(self) -> int:
+        """Take a free slot with an empty cache. Raises CapacityError when all are taken."""
+        taken = set(self._rows.values())
+        row = next((row for row in range(self.num_slots) if row not in taken), None)
+        if row is None:
+            raise CapacityError("no free slot", expected=f"at most {self.num_slots} open sequences", remedy="close one first")
+        slot, self._next = self._next, self._next + 1
+        self._rows[slot], self._lengths[row] = row, 0
+        return slot
+
+    def close(self, slot: int) -> None:
+        """Give the slot back. The last row moves into the hole, so that the rows in use stay one block."""
+        row = self._rows.pop(slot)
+        last = max(self._rows.values(), default=-1)
+        if last > row and self._cache.move(last, row, int(self._lengths[last])):
+            mover = next(handle for handle, at in self._rows.items() if at == last)
+            self._rows[mover], self._lengths[row] = row, self._lengths[last]
+            row = last
+        self._lengths[row] = 0
+        self._cache.clear(row)
+
+    def prefill(self, slot: int, tokens: NDArray[np.int64], *, all_logits: bool = False) -> Logits:
+        """Append int64 [T] to the slot: logits [V] of the last token, or [T, V]. Raises CapacityError past max_length."""
+        row = self._rows[slot]
+        start = int(self._lengths[row])
+        self._check_room(start + len(tokens))
+        total = start + len(tokens)
+        logits = self._cache.run(
+            row,
+            1,
+            np.ascontiguousarray(tokens, dtype=np.int64)[None],
+            np.ones((1, total), np.int64),
+            np.arange(start, total, dtype=np.int64)[None],
+        )
+        self._lengths[row] = total
+        return logits[0] if all_logits else logits[0, -1]
+
+    def decode(self, slots: Sequence[int], tokens: NDArray[np.int64]) -> Logits:
+        """Append one token to each slot: logits [n, V]. Raises CapacityError past max_length."""
+        rows = [self._rows[slot] for slot in slots]
+        for row in rows:
+            self._check_room(int(self._lengths[row]) + 1)
+        if not self.in_place:
+            steps = [self.prefill(slot, np.asarray([token], np.int64)) for slot, token in zip(slots, tokens, strict=True)]
+            return np.stack(steps)
+        first, count = min(rows), max(rows) - min(rows) + 1
+        places = np.asarray(rows) - first
+        # A row in the block that is not decoding (its prompt is still being read) computes a throw-away token: what it writes
+        # lands just past its end, where its own next token will be written.
+        lengths = np.minimum(self._lengths[first : first + count] + 1, self.max_length)
+        ids = np.zeros((count, 1), np.int64)
+        ids[places, 0] = tokens
+        mask = (np.arange(int(lengths.max())) < lengths[:, None]).astype(np.int64)
+        logits = self._cache.run(first, count, ids, mask, (lengths - 1)[:, None])
+        self._lengths[rows] += 1
+        result: Logits = logits[places, 0]
+        return result
+
+    def _check_room(self, length: int) -> None:
+        if length > self.max_length:
+            raise CapacityError(
+                "the sequence does not fit the engine", expected=f"at most {self.max_length} tokens", found=str(length),
+                remedy="shorten the prompt or ask for fewer tokens",
+            )  # fmt: skip
+
+
+class _SharedCache:
+    """One buffer a layer and kind, bound as past and present at once."""
+
+    def __init__(
+        self, session: Any, layers: int, slots: int, row: tuple[int, int, int], dtype: np.dtype[Any], device: str
+    ) -> None:
+        self._session, self._row, self._dtype, self._device = session, row, dtype, device
+        self._names = [(f"past_key_values.{i}.{k}", f"present.{i}.{k}") for i in range(layers) for k in ("key", "value")]
+        shape = (slots, *row)
+        if device == "cpu":
+            # zeros() leaves untouched pages unallocated, so a long maximum length costs nothing until it is used.
+            self._buffers: list[Any] = [np.zeros(shape, dtype) for _ in self._names]
+            self._pointers = [buffer.ctypes.data for buffer in self._buffers]
+        else:
+            import onnxruntime
+
+            make = onnxruntime.OrtValue.ortvalue_from_shape_and_type
+            self._buffers = [make(list(shape), dtype, device, 0) for _ in self._names]
+            self._pointers = [buffer.data_ptr() for buffer in self._buffers]
+        self._stride = int(np.prod(row)) * dtype.itemsize
+        self._bindings: dict[tuple[int, int], Any] = {}
+
+    def run(self, first: int, count: int, ids: Any, mask: Any, positions: Any) -> Logits:
+        """One step over rows [first, first + count): logits float32 [count, S, V]."""
+        binding = self._binding(first, count)
+        for name, array in (("input_ids", ids), ("attention_mask", mask), ("position_ids", positions)):
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        binding.bind_output("logits", "cpu")
+        self._session.run_with_iobinding(binding)
+        logits: Logits = binding.get_outputs()[-1].numpy()
+        return logits
+
+    def _binding(self, first: int, count: int) -> Any:
+        key = (first, count)
+        if key not in self._bindings:
+            binding = self._session.io_binding()
+            for (past, present), pointer in zip(self._names, self._pointers, strict=True):
+                where = (self._device, 0, self._dtype.type, (count, *self._row), pointer + first * self._stride)
+                binding.bind_input(past, *where)
+                binding.bind_output(present, *where)
+            self._bindings[key] = binding
+        return self._bindings[key]
+
+    def move(self, source: int, target: int, length: int) -> bool:
+        """Copy a row's first `length` positions; False where the memory is not the host's."""
+        if self._device != "cpu":
+            return False
+        for buffer in self._buffers:
+            buffer[target, :, :length] = buffer[source, :, :length]
+        return True
+
+    def clear(self, row: int) -> None:
+        """Nothing to do: a row's length alone says what in it is valid."""
+
+
+class _GrowingCache:
+    """Arrays per slot that the graph returns one step longer."""
+
+    def __init__(self, session: Any, layers: int, row: tuple[int, int, int], dtype: np.dtype[Any]) -> None:
+        self._session = session
+        self._past = [f"past_key_values.{i}.{k}" for i in range(layers) for k in ("key", "value")]
+        self._outputs = ["logits", *(f"present.{i}.{k}" for i in range(layers) for k in ("key", "value"))]
+        self._empty = np.zeros((1, row[0], 0, row[2]), dtype)
+        self._state: dict[int, list[Any]] = {}
+
+    def run(self, first: int, count: int, ids: Any, mask: Any, positions: Any) -> Logits:
+        """One step of the one sequence in row `first`: logits float32 [1, S, V]."""
+        state = self._state.get(first) or [self._empty] * len(self._past)
+        feeds = dict(zip(self._past, state, strict=True), input_ids=ids, attention_mask=mask, position_ids=positions)
+        logits, *present = self._session.run(self._outputs, feeds)
+        self._state[first] = present
+        result: Logits = logits
+        return result
+
+    def move(self, source: int, target: int, length: int) -> bool:
+        """Rename a row."""
+        self._state[target] = self._state.pop(source, [])
+        return True
+
+    def clear(self, row: int) -> None:
+        """Forget a row."""
+        self._state.pop(row, None)
+
+
+def _open_session(graph: Path, providers: Sequence[str], threads: int | None) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EngineFileError(
+            "this engine runs on ONNX Runtime, which is not installed", remedy="pip install 'ngpt-deploy[onnx]'"
+        ) from error
+    available = onnxruntime.get_available_providers()
+    if providers[0] not in available:
+        raise EngineFileError(
+            f"this engine needs ONNX Runtime's {providers[0]}", expected=providers[0], found=", ".join(available),
+            remedy="install 'ngpt-deploy[onnx-gpu]' on a machine with a GPU, or build the engine for a cpu target",
+        )  # fmt: skip
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads:
+        options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(str(graph), options, providers=list(providers))
+    except Exception as error:
+        raise EngineFileError(f"ONNX Runtime cannot load {graph}", found=str(error)) from error

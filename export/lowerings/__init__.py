@@ -1,0 +1,1 @@
+"""One module per runtime, each implementing the vocabulary of `base.Lowering`."""

@@ -1,0 +1,83 @@
+"""The vocabulary in which the network is stated, at two grains.
+
+Fine operations are what every runtime must spell. Coarse ones (`queries_keys_values`, `qk_norm`, `hypersphere_update`) are
+composed of fine ones here; a lowering overrides a coarse one exactly where its runtime has a fused form for it.
+`T` is the runtime's handle of a tensor. B batch, S new tokens, E hidden, H query heads, K key heads, D head channels.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Generic, TypeVar
+
+from export.weights import DeployedWeights
+
+T = TypeVar("T")
+
+
+class Lowering(ABC, Generic[T]):
+    """What a runtime implements. `name` is the name of the result; weights are named as in `ngpt.weights`."""
+
+    def __init__(self, weights: DeployedWeights) -> None:
+        self.weights = weights
+        self.spec = weights.spec
+
+    @abstractmethod
+    def embedding(self, name: str) -> T:
+        """Rows of the embedding table for the input ids: [B, S, E]."""
+
+    @abstractmethod
+    def linear(self, name: str, x: T) -> T:
+        """x @ W.T (+ b) with `{name}.weight` [out, in] and, where the network has it, `{name}.bias` [out]."""
+
+    @abstractmethod
+    def position(self, name: str, x: T, heads: int) -> T:
+        """The position code of each of `heads` heads of x [B, S, heads * D]."""
+
+    @abstractmethod
+    def l2norm(self, name: str, x: T, eps: float = 0.0) -> T:
+        """x / (||x|| + eps) over the last axis; a zero row gives zeros."""
+
+    @abstractmethod
+    def head_norm(self, name: str, x: T, heads: int) -> T:
+        """l2norm of each of `heads` heads of x [B, S, heads * D]."""
+
+    @abstractmethod
+    def vector(self, weight: str) -> T:
+        """A weight vector as an operand."""
+
+    @abstractmethod
+    def add(self, name: str, x: T, y: T) -> T:
+        """x + y, broadcasting."""
+
+    @abstractmethod
+    def sub(self, name: str, x: T, y: T) -> T:
+        """x - y, broadcasting."""
+
+    @abstractmethod
+    def mul(self, name: str, x: T, y: T) -> T:
+        """x * y, broadcasting."""
+
+    @abstractmethod
+    def activation(self, name: str, kind: str, x: T) -> T:
+        """relu2, relu, silu, gelu or gelu_tanh, elementwise."""
+
+    @abstractmethod
+    def attention(self, name: str, layer: int, q: T, k: T, v: T, scale: float) -> T:
+        """softmax(scale * q k^T + causal mask) v over the cache of `layer`, which k and v are appended to: [B, S, H * D]."""
+
+    def qk_norm(self, name: str, q: T, k: T) -> tuple[T, T]:
+        """Position code, per-head l2 norm, then sqk**2 on q alone. The order matters: sqk does not commute with the code."""
+        heads, keys = self.spec.num_heads, self.spec.num_kv_heads
+        q = self.head_norm(f"{name}.q_norm", self.position(f"{name}.q_rope", q, heads), heads)
+        k = self.head_norm(f"{name}.k_norm", self.position(f"{name}.k_rope", k, keys), keys)
+        return self.mul(f"{name}.q_scaled", q, self.vector(f"{name}.q_scale")), k
+
+    def queries_keys_values(self, name: str, h: T) -> tuple[T, T, T]:
+        """h [B, S, E] -> q [B, S, H * D], k and v [B, S, K * D], ready for `attention`."""
+        q, k = self.qk_norm(name, self.linear(f"{name}.q", h), self.linear(f"{name}.k", h))
+        return q, k, self.linear(f"{name}.v", h)
+
+    def hypersphere_update(self, name: str, h: T, x: T, rate: str, eps: float) -> T:
+        """norm(h + rate * (norm(x, eps) - h)) (paper eq. 10 and 11)."""
+        step = self.sub(f"{name}.step", self.l2norm(f"{name}.unit", x, eps), h)
+        moved = self.add(f"{name}.moved", h, self.mul(f"{name}.scaled", self.vector(rate), step))
+        return self.l2norm(name, moved)

@@ -1,0 +1,1 @@
+"""Commands over the packages; `scripts.cli` is the installed command `ngpt-deploy`."""

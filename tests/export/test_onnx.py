@@ -1,0 +1,123 @@
+"""Both ONNX forms against golden data: in ONNX Runtime, and the portable one in OpenVINO unchanged."""
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from export.lowerings.onnx import OnnxPortable, OnnxRuntime
+from export.weights import DeployedWeights
+from ngpt.checkpoint import open_checkpoint
+from ngpt.weights import Weights
+
+LOGIT_ERROR = 2e-5
+
+
+def export(case, lowering, path, precision="fp32", taps=()):
+    with open_checkpoint(case.folder) as checkpoint:
+        weights = DeployedWeights(Weights(checkpoint), half_precision=precision == "fp16")
+        ir.save(lowering(weights, precision).model(taps), path)
+        return checkpoint.spec
+
+
+def session(path):
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def feeds(spec, ids, mask, past=None):
+    positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :]
+    empty = np.zeros((len(ids), spec.num_kv_heads, 0, spec.head_dim), np.float32)
+    names = [f"past_key_values.{i}.{kind}" for i in range(spec.num_layers) for kind in ("key", "value")]
+    return dict(zip(names, past or [empty] * len(names), strict=True), input_ids=ids, attention_mask=mask, position_ids=positions)
+
+
+def test_portable_matches_golden_and_passes_the_full_check(golden, tmp_path):
+    path = tmp_path / "m.onnx"
+    spec = export(golden, OnnxPortable, path)
+    onnx.checker.check_model(str(path), full_check=True)
+    assert {node.domain for node in onnx.load(path).graph.node} == {""}
+    logits = session(path).run(["logits"], feeds(spec, golden.ids, golden.mask))[0]
+    assert np.isfinite(logits).all()  # padded positions included
+    assert np.abs(logits - golden.logits)[golden.real].max() <= LOGIT_ERROR
+
+
+def test_portable_runs_in_openvino_unchanged(golden, tmp_path):
+    import openvino
+
+    path = tmp_path / "m.onnx"
+    spec = export(golden, OnnxPortable, path)
+    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    logits = compiled(feeds(spec, golden.ids, golden.mask))["logits"]
+    assert np.abs(logits - golden.logits)[golden.real].max() <= LOGIT_ERROR
+
+
+def test_fused_matches_golden(golden, tmp_path):
+    """Row by row without padding, as the runner feeds it: the fused graph needs no left padding."""
+    path = tmp_path / "m.onnx"
+    spec = export(golden, OnnxRuntime, path)
+    run = session(path)
+    for row, real, expected in zip(golden.ids, golden.real, golden.logits, strict=True):
+        ids = row[real][None]
+        logits = run.run(["logits"], feeds(spec, ids, np.ones_like(ids)))[0][0]
+        assert np.abs(logits - expected[real]).max() <= LOGIT_ERROR
+
+
+@pytest.mark.parametrize("lowering", [OnnxPortable, OnnxRuntime])
+def test_every_layers_hidden_state_matches_golden_by_name(lowering, tmp_path):
+    from tests.conftest import Golden
+
+    case = Golden("gqa")
+    names = ["embed", *(f"layers.{i}.mlp.update" for i in range(3))]
+    spec = export(case, lowering, tmp_path / "m.onnx", taps=names)
+    states = session(tmp_path / "m.onnx").run(names, feeds(spec, case.ids, case.mask))
+    assert np.abs(np.stack(states) - case.hidden_states).max() <= 2e-6
+
+
+def test_fused_and_composed_updates_agree_on_zero_tiny_and_huge_branches():
+    """hypersphere_update fused for ONNX Runtime says what the composed one says, at any length of the branch's output."""
+    from types import SimpleNamespace
+
+    rng, size = np.random.default_rng(0), 48
+    rate = np.abs(rng.standard_normal(size)).astype(np.float32) * 0.3
+    rows = rng.standard_normal((6, size)).astype(np.float32)
+    h = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    x = rng.standard_normal((6, size)).astype(np.float32) * np.array([0, 1e-9, 1e-6, 1e-3, 1, 1e6], np.float32)[:, None]
+    spec = SimpleNamespace(hidden_size=size, num_layers=0, num_kv_heads=1, head_dim=8, vocab_size=9)
+    weights = SimpleNamespace(spec=spec, get=lambda name: rate, shape=lambda name: (size,))
+    wide = x.astype(np.float64)
+    for eps in (0.0, 1e-6):
+        length = np.linalg.norm(wide, axis=1, keepdims=True) + eps
+        unit = np.divide(wide, length, out=np.zeros_like(wide), where=length > 0)
+        moved = h + rate * (unit - h)
+        expected = moved / np.linalg.norm(moved, axis=1, keepdims=True)
+        for lowering in (OnnxPortable, OnnxRuntime):
+            ops = lowering(weights)
+            values = [ir.Value(name=n, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([6, size])) for n in "hx"]
+            ops.nodes.clear()
+            out = ops.hypersphere_update("out", *values, rate="lr", eps=eps)
+            out.type = ir.TensorType(ir.DataType.FLOAT)
+            graph = ir.Graph(values, [out], nodes=ops.nodes, initializers=list(ops.initializers.values()), opset_imports=ops.opsets())
+            model = ir.to_proto(ir.Model(graph, ir_version=11)).SerializeToString()
+            got = ort.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, {"h": h, "x": x})[0]
+            assert np.abs(got - expected).max() <= 5e-7, (lowering.__name__, eps)
+
+
+def test_fp16_graph_builds_with_the_branch_scaled_inside_half_precision(tmp_path):
+    """cuda-fp16 cannot run here; its graph is built, checked for dtypes, and its folded branch stays in range."""
+    from tests.conftest import Golden
+
+    case = Golden("gqa")
+    export(case, OnnxRuntime, tmp_path / "m.onnx", "fp16")
+    model = onnx.load(tmp_path / "m.onnx")
+    kinds = {t.name: t.data_type for t in model.graph.initializer}
+    assert kinds["layers.0.attn.qkv.weight"] == onnx.TensorProto.FLOAT16
+    past = next(i for i in model.graph.input if i.name == "past_key_values.0.key")
+    assert past.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+    with open_checkpoint(case.folder) as checkpoint:
+        plain = DeployedWeights(Weights(checkpoint))
+        half = DeployedWeights(Weights(checkpoint), half_precision=True)
+        np.testing.assert_allclose(half.get("layers.0.mlp.up.weight"), plain.get("layers.0.mlp.up.weight") * 64**-0.25, rtol=1e-6)
+        assert half.mlp_eps == pytest.approx(plain.mlp_eps * 64**-0.5)

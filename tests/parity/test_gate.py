@@ -1,0 +1,226 @@
+"""The parity gate: faithful engines pass, and every engine that is wrong in one respect fails."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from engines.parity import Quantization, verify
+from engines.parity.quantized import round_to_int8
+from export.quantize import quantize_dequantize
+from ngpt.checkpoint import open_checkpoint
+from ngpt.errors import ConfigError, EngineError, TargetError
+from ngpt.weights import Weights
+from tests.doubles.reference import Reference
+from tests.doubles.reference_runner import ReferenceRunner
+from tests.ngpt.making import GOLDEN
+
+STEPS = 12  # of decode: a fault of the network shows at once; the full 64 run once, below
+
+
+def weights(name="gqa"):
+    return Weights(open_checkpoint(GOLDEN / name))
+
+
+def engine(*faults, name="gqa", late=False, **options):
+    return ReferenceRunner(Reference(weights(name), faults, dtype=np.float32, **options), late=late)
+
+
+def quantized(*faults, bits, rounding=quantize_dequantize):
+    """A double of an engine with quantised weights (the head at 8 bits) and activations."""
+    return engine(
+        *faults,
+        replace=lambda name, matrix: rounding(matrix, 8 if name.startswith("head") else bits, 32),
+        round_input=lambda x: round_to_int8(torch.from_numpy(np.ascontiguousarray(x)), 32).numpy(),
+    )
+
+
+def check(runner, name="gqa", taps=True, steps=STEPS, **options):
+    taps = runner.taps if taps else None
+    return verify(runner, GOLDEN / name, decode_steps=steps, taps=taps, **options)
+
+
+@pytest.mark.parametrize("name", ["gqa", "llama3-rope-bias", "dead-mlp", "research-checkpoint"])
+def test_a_faithful_float32_engine_passes_64_decode_steps(name):
+    report = check(engine(name=name), name, steps=64)
+    assert report.verdict == "pass", report.failures
+    assert report.summary["reference"] == "PyTorch float64"
+    assert report.summary["decode_steps"] == 64
+    assert report.summary["top1_agreement"] == 1.0 and report.summary["taps"] >= 4
+    # The limits are tight: noise is some 1e-6, and nothing was given away by a generous floor.
+    assert max(c.limit for c in report.checks if "logit error" in c.name) < 1e-4
+
+
+FAULTS = ["inverse_scale", "swapped_head", "signed_alpha", "skipped_layer"]
+
+
+@pytest.mark.parametrize("taps", [True, False])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_engine_fails(fault, taps):
+    report = check(engine(fault), taps=taps)
+    assert report.verdict == "fail"
+    assert report.failures
+
+
+def test_the_first_layer_that_parts_ways_is_named():
+    assert check(engine("swapped_head")).summary["first_divergence"].startswith("layers.1.")
+    assert check(engine()).summary["first_divergence"] is None
+
+
+def test_a_fault_of_decode_alone_fails_and_prefill_is_not_blamed():
+    report = check(engine(late=True), taps=False)
+    assert report.verdict == "fail"
+    assert {check.name.split(":")[0] for check in report.failures if ":" in check.name} == {"decode"}
+
+
+class Wrapped(ReferenceRunner):
+    """The faithful double, with one change to its logits."""
+
+    def __init__(self, change):
+        super().__init__(Reference(weights(), dtype=np.float32))
+        self.change = change
+        self.calls = 0
+
+    def decode(self, slots, tokens):
+        self.calls += 1
+        return self.change(super().decode(slots, tokens), self.calls)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda logits, _call: logits * np.float32(1.0001),
+        lambda logits, call: logits + (call == 5) * 1e-3 * np.eye(*logits.shape, dtype=np.float32),
+        lambda logits, call: np.where(call == 7, np.nan, logits),
+        lambda logits, _call: logits.astype(np.float16).astype(np.float32),
+    ],
+    ids=["scaled by 1e-4", "one logit of one step", "NaN once", "rounded to float16"],
+)
+def test_small_and_rare_faults_fail(change):
+    report = verify(Wrapped(change), GOLDEN / "gqa", decode_steps=STEPS)
+    assert report.verdict == "fail"
+
+
+def test_the_same_float16_rounding_passes_for_a_float16_engine():
+    runner = Wrapped(lambda logits, _call: logits.astype(np.float16).astype(np.float32))
+    assert verify(runner, GOLDEN / "gqa", decode_steps=STEPS, precision="fp16").verdict == "pass"
+
+
+@pytest.mark.parametrize("precision, bits", [("int8", 8), ("int4", 4)])
+def test_a_faithful_quantised_engine_passes_and_its_loss_is_reported(precision, bits):
+    report = check(quantized(bits=bits), precision=precision)
+    assert report.verdict == "pass", report.failures
+    loss = report.summary["quantization_loss"]
+    assert 0 < loss["kl_mean"] < 0.1 and loss["perplexity_original"] > 1
+    assert "same quantised weights" in report.summary["reference"]
+
+
+@pytest.mark.parametrize("precision, bits", [("int8", 8), ("int4", 4)])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_quantised_engine_fails(fault, precision, bits):
+    assert check(quantized(fault, bits=bits), precision=precision, taps=False).verdict == "fail"
+
+
+def test_an_engine_with_fewer_bits_than_it_claims_fails():
+    assert check(quantized(bits=4), precision="int8").verdict == "fail"
+    assert check(quantized(bits=8), precision="fp32").verdict == "fail"
+
+
+def test_a_quantiser_that_rounds_badly_cannot_hide_behind_itself():
+    def rounds_down(matrix, bits, block):
+        step = np.abs(matrix).max(-1, keepdims=True) / 2 ** (bits - 1)
+        return (np.floor(matrix / step) * step).astype(np.float32)
+
+    scheme = Quantization(4, 32, rounds_down, head_bits=8)
+    report = check(quantized(bits=4, rounding=rounds_down), quantization=scheme, precision="int4")
+    assert report.verdict == "fail"
+    # Engine and reference agree, since both used the same rounding: the audit of the weights alone finds it.
+    assert {check.name.split(",")[0] for check in report.failures} == {"quantised weights"}
+
+
+def test_a_reference_that_does_not_fit_in_float64_is_float32_and_says_so():
+    report = check(engine(), float64_limit_bytes=0)
+    assert report.verdict == "pass", report.failures
+    assert report.summary["reference"] == "PyTorch float32"
+    assert "another attention kernel" in report.summary["noise"]
+    assert check(engine("swapped_head"), float64_limit_bytes=0).verdict == "fail"
+
+
+def test_batches_are_ragged_and_slots_are_given_back():
+    runner = engine()
+    report = check(runner, taps=False)
+    assert runner.most_open == 2 and runner.slots == {}
+    assert len({sequence.prompt_length for sequence in report.sequences}) > 1
+
+
+def test_given_prompts_are_continued_by_the_models_own_choice():
+    report = check(engine(), taps=False, prompts=[[5, 6, 7], [8]])
+    assert [sequence.prompt_length for sequence in report.sequences] == [3, 1]
+    assert report.summary["positions"] == 4 + 2 * STEPS
+    greedy = np.load(GOLDEN / "gqa" / "golden.npz")
+    from engines.parity.reference import TorchReference
+
+    model = TorchReference(GOLDEN / "gqa", "float64")
+    length = greedy["input_ids"].shape[1]
+    assert (
+        model.continue_greedily(greedy["input_ids"][0].tolist(), 24) == greedy["greedy"][0, length:].tolist()
+    )
+
+
+def test_report_files(tmp_path):
+    report = check(engine("swapped_head"))
+    json_file, html_file = report.write(tmp_path / "out")
+    data = json.loads(json_file.read_text())
+    assert data["verdict"] == "fail" and data["summary"]["failed_checks"]
+    assert len(data["sequences"][0]["kl"]) == data["sequences"][0]["prompt_length"] + STEPS
+    page = html_file.read_text()
+    assert "FAIL" in page and page.count("<svg") == 1 + 2 * len(data["sequences"])
+    assert "<script" not in page and "src=" not in page and "href=" not in page, "the page is self-contained"
+    assert [path.name for path in sorted(tmp_path.joinpath("out").iterdir())] == [
+        "parity.html",
+        "parity.json",
+    ]
+
+
+def test_a_report_with_nan_is_still_valid_json(tmp_path):
+    runner = Wrapped(lambda logits, _call: logits * np.nan)
+    report = verify(runner, GOLDEN / "gqa", decode_steps=STEPS)
+    assert report.verdict == "fail"
+    report.write(tmp_path)
+    json.loads((tmp_path / "parity.json").read_text(), parse_constant=lambda text: pytest.fail(text))
+
+
+def test_progress_counts_up():
+    seen = []
+    verify(
+        engine(),
+        GOLDEN / "gqa",
+        decode_steps=1,
+        progress=lambda done, total, what: seen.append((done, total)),
+    )
+    assert [done for done, _ in seen] == list(range(5)) and {total for _, total in seen} == {5}
+
+
+def test_bad_input_is_named():
+    with pytest.raises(EngineError, match="not an engine"):
+        verify(object(), GOLDEN / "gqa")
+    with pytest.raises(TargetError, match="precision"):
+        verify(engine(), GOLDEN / "gqa", precision="int3")
+    with pytest.raises(ConfigError, match="decode_steps"):
+        verify(engine(), GOLDEN / "gqa", decode_steps=10_000)
+    with pytest.raises(ConfigError, match="prompt 0"):
+        verify(engine(), GOLDEN / "gqa", prompts=[[256]])
+    with pytest.raises(ConfigError, match="tokenizer"):
+        verify(engine(), GOLDEN / "gqa", prompts=["text"])
+    other = engine()
+    other.vocab_size = 99
+    with pytest.raises(EngineError, match="vocab_size"):
+        verify(other, GOLDEN / "gqa")
+    with pytest.raises(EngineError, match="taps"):
+        verify(
+            engine(),
+            GOLDEN / "gqa",
+            decode_steps=1,
+            taps=lambda ids: {"wrong.name": np.zeros((len(ids), 64))},
+        )

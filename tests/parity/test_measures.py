@@ -1,0 +1,78 @@
+"""The measures behind the gate, against values known in closed form."""
+
+import numpy as np
+import pytest
+
+from engines.parity.compare import angle, distance
+from engines.parity.quantized import Quantization, WeightAudit, audit_weight, round_to_int8
+from engines.parity.svg import Line, chart
+from engines.parity.trace import Trace
+
+
+@pytest.mark.parametrize("theta", [1e-12, 1e-7, 0.3, 2.0, np.pi])
+def test_angle_is_accurate_from_tiny_to_opposite(theta):
+    a = np.array([[1.0, 0.0], [3.0, 0.0]])
+    b = np.array([[np.cos(theta), np.sin(theta)], [0.5 * np.cos(theta), 0.5 * np.sin(theta)]])
+    np.testing.assert_allclose(angle(a, b), theta, rtol=1e-9)
+
+
+def test_kl_is_that_of_the_reference_to_the_run():
+    p, q = np.array([[0.5, 0.25, 0.25]]), np.array([[0.25, 0.5, 0.25]])
+    d = distance(Trace(np.log(p)), Trace(np.log(q)), (0,))
+    assert d.kl[0] == pytest.approx(0.25 * np.log(2))
+    assert not d.top1[0] and d.margin[0] == pytest.approx(np.log(2))
+
+
+def test_sqrt_kl_is_linear_in_the_error():
+    random = np.random.default_rng(0)
+    a, e = random.normal(size=(4, 50)), random.normal(size=(4, 50))
+    small, large = (np.sqrt(distance(Trace(a), Trace(a + s * e), (0,) * 4).kl) for s in (1e-5, 1e-3))
+    np.testing.assert_allclose(large / small, 100, rtol=5e-3)
+
+
+def test_nll_is_of_the_next_token():
+    logits = np.log(np.array([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]]))
+    before, after = distance(Trace(logits), Trace(logits), (0, 1, 0)).nll
+    np.testing.assert_allclose(before, -np.log([0.1, 0.2]))
+    np.testing.assert_array_equal(before, after)
+
+
+def test_a_nan_is_not_finite():
+    logits = np.zeros((1, 3))
+    assert not distance(Trace(logits), Trace(np.array([[0.0, np.nan, 0.0]])), (0,)).finite
+    assert not distance(
+        Trace(logits, {"embed": np.ones((1, 2))}), Trace(logits, {"embed": np.full((1, 2), np.inf)}), (0,)
+    ).finite
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_audit_measures_in_quantisation_steps(bits):
+    before = np.random.default_rng(1).uniform(-1, 1, (8, 64)).astype(np.float32)
+    before[:, ::32] = 1.0
+    step = 2 / (2**bits - 1)
+    audit, scheme = WeightAudit(), Quantization(bits, 32, lambda *_: before)
+    audit_weight(audit, "exact", before, np.round(before / step) * step, scheme)
+    assert 0.4 < audit.worst_step <= 0.501 and audit.worst_rms == pytest.approx(0.29, abs=0.03)
+    audit_weight(audit, "off", before, before + 3 * step, scheme)
+    assert audit.worst_name == "off" and audit.worst_step == pytest.approx(3, rel=1e-3)
+
+
+def test_audit_notices_a_zero_block_that_comes_back_nonzero():
+    audit, zero = WeightAudit(), np.zeros((2, 32), np.float32)
+    audit_weight(audit, "zero", zero, zero + 1e-6, Quantization(4, 32, lambda *_: zero))
+    assert audit.worst_step == np.inf
+
+
+def test_int8_rounding_pads_and_keeps_zero_blocks():
+    import torch
+
+    x = torch.cat([torch.zeros(32), torch.linspace(-1, 1, 18)])[None]
+    y = round_to_int8(x, 32)
+    assert y.shape == x.shape and torch.equal(y[:, :32], x[:, :32])
+    assert 0 < float((y - x).abs().max()) <= 0.5 / 127 + 1e-7
+
+
+def test_chart_survives_empty_zero_and_nan_values():
+    for values in ([], [0.0, 0.0], [float("nan"), 1e-7, float("inf")]):
+        svg = chart("<t>", "x", "y", [Line("engine", values, "#000")])
+        assert svg.startswith("<svg") and svg.endswith("</svg>") and "<t>" not in svg and "nan" not in svg

@@ -1,0 +1,301 @@
+"""Start and stop the Triton server that the ``nvidia-pytriton`` wheel carries, on this machine only.
+
+The binary is run standalone (PyTriton's own Python layer is not used): the model repository under test is the one that
+would be copied to any other Triton.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.metadata
+import importlib.util
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from ngpt.errors import MissingPackageError, ServerError
+
+Probe = Callable[[str], object]
+"""Called with ``host:port`` of the gRPC endpoint; must run one real inference and raise if it fails."""
+
+_HOST = "127.0.0.1"
+_LOG_TAIL_LINES = 25
+
+
+def check_numpy() -> None:
+    """Refuse NumPy 2: with this server it corrupts tensors silently (empty outputs, wrong inputs).
+
+    Raises:
+        ServerError: NumPy 2 or newer is installed where the models would run.
+    """
+    version = importlib.metadata.version("numpy")
+    if int(version.split(".")[0]) >= 2:
+        raise ServerError(
+            "NumPy is too new for the pip-installable Triton server",
+            expected="numpy<2",
+            found=f"numpy {version}",
+            remedy='Run: pip install "numpy<2" (newer versions corrupt tensors without an error).',
+        )
+
+
+def triton_home() -> Path:
+    """The folder of the wheel that holds ``bin``, ``backends``, ``caches`` and ``python_backend_stubs``.
+
+    Raises:
+        MissingPackageError: nvidia-pytriton is not installed.
+    """
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingPackageError(
+            "the Triton server is not installed",
+            expected="nvidia-pytriton",
+            found="nothing",
+            remedy='Run: pip install "ngpt-deploy[serve]".',
+        )
+    return Path(next(iter(spec.submodule_search_locations))) / "tritonserver"
+
+
+def default_probe(repository: Path) -> Probe:
+    """A probe for a repository made by ``package_engine``: one generated token, through the ensemble if it is there."""
+    from triton_repo.client import generate_text, generate_tokens
+
+    if (repository / "ensemble").is_dir():
+        return lambda url: generate_text(url, "a", max_tokens=1, timeout=30.0)
+    return lambda url: generate_tokens(url, [0], max_tokens=1, timeout=30.0)
+
+
+class TritonServer:
+    """A Triton server on 127.0.0.1 with free ports, as a context manager.
+
+    Entering starts it and waits for a real inference: a crashed model process still reports ready, so readiness alone
+    says nothing. Leaving stops it by pid: SIGTERM, then SIGKILL for it and its model processes.
+
+    Args:
+        repository: the model repository to serve.
+        log_file: where the server's output goes; a temporary file when None, deleted on a clean stop.
+        probe: the inference that proves it works; ``default_probe`` when None.
+        start_timeout: seconds from start to the first good inference.
+        stop_timeout: seconds that requests in flight get after SIGTERM.
+
+    Raises:
+        ServerError: the server did not start, or no inference succeeded in time; the message ends with the log's tail.
+        MissingPackageError: nvidia-pytriton is not installed.
+    """
+
+    def __init__(
+        self,
+        repository: str | os.PathLike[str],
+        *,
+        log_file: str | os.PathLike[str] | None = None,
+        probe: Probe | None = None,
+        start_timeout: float = 60.0,
+        stop_timeout: float = 5.0,
+    ) -> None:
+        self.repository = Path(repository).resolve()
+        if not self.repository.is_dir():
+            raise ServerError(
+                "no model repository", expected="a folder", found=str(repository), remedy="Run package_engine first."
+            )
+        self._work = tempfile.TemporaryDirectory(prefix="ngpt-triton-")
+        self.log_file = Path(log_file) if log_file is not None else Path(self._work.name) / "server.txt"
+        self._probe = probe
+        self._start_timeout = start_timeout
+        self._stop_timeout = stop_timeout
+        self._process: subprocess.Popen[bytes] | None = None
+        self._shm_prefix = ""
+        self._ports = (0, 0, 0)
+
+    @property
+    def http_url(self) -> str:
+        """``host:port`` of the HTTP endpoint."""
+        return f"{_HOST}:{self._ports[0]}"
+
+    @property
+    def grpc_url(self) -> str:
+        """``host:port`` of the gRPC endpoint."""
+        return f"{_HOST}:{self._ports[1]}"
+
+    @property
+    def metrics_url(self) -> str:
+        """``host:port`` of the Prometheus endpoint."""
+        return f"{_HOST}:{self._ports[2]}"
+
+    @property
+    def pid(self) -> int | None:
+        """The server's process id while it runs."""
+        return self._process.pid if self._process is not None else None
+
+    def __enter__(self) -> TritonServer:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the server and wait until an inference has succeeded."""
+        if self._process is not None:
+            raise ServerError("the server is already running", found=f"pid {self._process.pid}")
+        check_numpy()
+        home = triton_home()
+        backends = self._prepare_backends(home)
+        # A port that was free when asked for may be taken by the time the server binds it.
+        for attempt in range(3):
+            self._launch(home, backends)
+            try:
+                self._wait_until_it_answers()
+                return
+            except ServerError:
+                port_taken = self._process is not None and "already in use" in self._log_text().lower()
+                self._terminate()
+                if attempt == 2 or not port_taken:
+                    raise
+            except BaseException:
+                self._terminate()
+                raise
+
+    def stop(self) -> None:
+        """Stop the server; does nothing when it is not running."""
+        self._terminate()
+        self._work.cleanup()
+        self._work = tempfile.TemporaryDirectory(prefix="ngpt-triton-")
+
+    def _prepare_backends(self, home: Path) -> Path:
+        """The backend directory of the wheel with the stub for this interpreter (the wheel has one per version)."""
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        stub = home / "python_backend_stubs" / version / "triton_python_backend_stub"
+        if not stub.is_file():
+            have = ", ".join(sorted(entry.name for entry in (home / "python_backend_stubs").iterdir()))
+            raise ServerError(
+                "the Triton wheel has no stub for this Python", expected=have, found=version, remedy="Use one of these."
+            )
+        backends = Path(self._work.name) / "backends"
+        folder = backends / "python"
+        folder.mkdir(parents=True, exist_ok=True)
+        sources = [home / "backends" / "python" / "libtriton_python.so"]
+        sources += [home / "backends" / "python" / "triton_python_backend_utils.py", stub]
+        for source in sources:
+            link = folder / source.name
+            if not link.exists():
+                link.symlink_to(source)
+        return backends
+
+    def _environment(self, home: Path) -> dict[str, str]:
+        """PATH and LD_LIBRARY_PATH such that the stub finds this environment and its own libpython."""
+        environment = dict(os.environ)
+        environment["PATH"] = f"{Path(sys.prefix) / 'bin'}{os.pathsep}{environment.get('PATH', os.defpath)}"
+        libraries = [str(home.parent.parent / "nvidia_pytriton.libs"), str(sysconfig.get_config_var("LIBDIR"))]
+        if environment.get("LD_LIBRARY_PATH"):
+            libraries.append(environment["LD_LIBRARY_PATH"])
+        environment["LD_LIBRARY_PATH"] = os.pathsep.join(libraries)
+        # A served repository must not lean on the caller's checkout.
+        environment.pop("PYTHONPATH", None)
+        return environment
+
+    def _launch(self, home: Path, backends: Path) -> None:
+        self._ports = _free_ports()
+        self._shm_prefix = f"ngpt-{os.getpid()}-{secrets.token_hex(4)}"
+        command = [
+            str(home / "bin" / "tritonserver"),
+            f"--model-repository={self.repository}",
+            f"--backend-directory={backends}",
+            f"--cache-directory={home / 'caches'}",
+            f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
+            "--disable-auto-complete-config",
+            "--allow-gpu-metrics=false",
+            f"--exit-timeout-secs={max(1, int(self._stop_timeout))}",
+        ]
+        for name, port in zip(("http", "grpc", "metrics"), self._ports, strict=True):
+            command += [f"--{name}-address={_HOST}", f"--{name}-port={port}"]
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_file.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment(home),
+                cwd=self._work.name,
+                start_new_session=True,
+            )
+        atexit.register(self._terminate)
+
+    def _wait_until_it_answers(self) -> None:
+        deadline = time.monotonic() + self._start_timeout
+        probe = self._probe if self._probe is not None else default_probe(self.repository)
+        ready = False
+        last = "not ready"
+        while time.monotonic() < deadline:
+            if self._process is None or self._process.poll() is not None:
+                raise self._failure("the Triton server stopped while starting")
+            if not ready:
+                ready = _http_ok(f"http://{self.http_url}/v2/health/ready")
+            if ready:
+                try:
+                    probe(self.grpc_url)
+                    return
+                except Exception as error:  # whatever went wrong is reported below if it lasts
+                    last = f"{type(error).__name__}: {error}"
+            time.sleep(0.1)
+        raise self._failure(f"no inference succeeded within {self._start_timeout:g} s ({last})")
+
+    def _failure(self, what: str) -> ServerError:
+        tail = "\n".join(self._log_text().splitlines()[-_LOG_TAIL_LINES:])
+        return ServerError(what, remedy=f"The server's log ends with:\n{tail}")
+
+    def _log_text(self) -> str:
+        return self.log_file.read_text(errors="replace") if self.log_file.is_file() else ""
+
+    def _terminate(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        atexit.unregister(self._terminate)
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(self._stop_timeout + 5.0)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        # The server leads a session of its own: whatever is left in it are its orphaned model processes.
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        for leftover in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
+            leftover.unlink(missing_ok=True)
+
+
+def _free_ports() -> tuple[int, int, int]:
+    """Three different free TCP ports (all bound at once, so that they differ)."""
+    sockets = [socket.socket(socket.AF_INET, socket.SOCK_STREAM) for _ in range(3)]
+    try:
+        for each in sockets:
+            each.bind((_HOST, 0))
+        first, second, third = (int(each.getsockname()[1]) for each in sockets)
+        return first, second, third
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def _http_ok(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2.0) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
