@@ -42,6 +42,13 @@ def hypersphere_update(h: Tensor, x: Tensor, rate: Tensor, eps: float = 0.0) -> 
     return unit_norm(wide + rate * (unit_norm(x, eps) - wide)).to(h.dtype)
 
 
+def _scales(size: int, constant: float) -> nn.Linear:
+    """A trained scale per channel, stored as [size, 1] like the published checkpoints; all start at `constant`."""
+    scales = nn.Linear(1, size, bias=False)
+    scales._initial_constant = constant
+    return scales
+
+
 class NGPTRotaryEmbedding(nn.Module):
     """Angles of the position code. forward(x, position_ids [B, T]) -> (cos, sin), each [B, T, channels], float32 or wider."""
 
@@ -149,7 +156,7 @@ class NGPTAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
-        self.sqk = nn.Linear(1, queries, bias=False)
+        self.sqk = _scales(queries, config.initializer_range)
         self.sqk_scale = config.sqk_init_value / config.initializer_range
 
     def forward(
@@ -187,7 +194,7 @@ class NGPTMLP(nn.Module):
         self.up_proj = nn.Linear(hidden, inner, bias=config.mlp_bias)
         self.gate_proj = nn.Linear(hidden, inner, bias=config.mlp_bias) if config.gated_mlp else None
         self.down_proj = nn.Linear(inner, hidden, bias=config.mlp_bias)
-        self.suv = nn.Linear(1, inner * (2 if config.gated_mlp else 1), bias=False)
+        self.suv = _scales(inner * (2 if config.gated_mlp else 1), config.suv_init_scaling)
         self.suv_scale = config.suv_init_value / config.suv_init_scaling * math.sqrt(hidden)
         self.act_fn = ACT2FN[config.hidden_act]
 
@@ -240,23 +247,19 @@ class NGPTPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        r = self.config.initializer_range
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if (constant := getattr(module, "_initial_constant", None)) is not None:
+            init.constant_(module.weight, constant)
+        elif isinstance(module, nn.Linear | nn.Embedding):
             # Columns of the output projections have unit norm, rows of every other matrix.
             draw = torch.empty_like(module.weight, dtype=torch.float32).normal_(0.0, 1.0)
-            draw = draw / torch.linalg.vector_norm(draw, dim=0 if getattr(module, "_unit_columns", False) else 1, keepdim=True)
+            axis = 0 if getattr(module, "_unit_columns", False) else 1
+            draw = draw / torch.linalg.vector_norm(draw, dim=axis, keepdim=True)
             init.copy_(module.weight, draw.to(module.weight.dtype))
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
-        if isinstance(module, NGPTAttention):
-            init.constant_(module.sqk.weight, r)
-        elif isinstance(module, NGPTMLP):
-            init.constant_(module.suv.weight, self.config.suv_init_scaling)
         elif isinstance(module, NGPTDecoderLayer):
-            init.constant_(module.attn_alpha, r)
-            init.constant_(module.mlp_alpha, r)
-        elif isinstance(module, NGPTForCausalLM):
-            init.constant_(module.sz.weight, r)
+            init.constant_(module.attn_alpha, self.config.initializer_range)
+            init.constant_(module.mlp_alpha, self.config.initializer_range)
         elif isinstance(module, NGPTRotaryEmbedding):
             build = module.default_frequencies
             if module.rope_type != "default":
@@ -373,7 +376,7 @@ class NGPTForCausalLM(NGPTPreTrainedModel, GenerationMixin):
         self.model = NGPTModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.sz = nn.Linear(1, config.vocab_size, bias=False)
+        self.sz = _scales(config.vocab_size, config.initializer_range)
         self.sz_scale = config.sz_init_value / config.initializer_range
         self.post_init()
 

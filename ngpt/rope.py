@@ -32,8 +32,7 @@ _TYPE_KEYS: dict[str, frozenset[str]] = {
     "linear": frozenset({"factor", _ORIGINAL_LENGTH}),
     "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", _ORIGINAL_LENGTH}),
     "yarn": frozenset(
-        {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
-        | {_ORIGINAL_LENGTH}
+        {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"} | {_ORIGINAL_LENGTH}
     ),
 }
 
@@ -88,9 +87,7 @@ def research_inv_freq(head_dim: int) -> tuple[float, ...]:
     return tuple(float(w) for w in _plain_frequencies(10000.0, head_dim))
 
 
-def research_tables(
-    inv_freq: tuple[float, ...], length: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def research_tables(inv_freq: tuple[float, ...], length: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The research position code's S and C, both float64 [length, len(inv_freq)].
 
     With the interleaved table t[p, 2j] = sin(p w_j), t[p, 2j + 1] = cos(p w_j), S is t's first half of the
@@ -153,14 +150,10 @@ def _rope_type(params: Mapping[str, Any]) -> str:
     return str(kind)
 
 
-def _number(
-    params: Mapping[str, Any], key: str, default: float | None, *, above: float | None = None
-) -> float:
+def _number(params: Mapping[str, Any], key: str, default: float | None, *, above: float | None = None) -> float:
     value = params.get(key, default)
     if value is None:
-        raise ConfigError(
-            f"rope parameter {key!r} is missing", expected="a number", remedy="add it to config.json"
-        )
+        raise ConfigError(f"rope parameter {key!r} is missing", expected="a number", remedy="add it to config.json")
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ConfigError(f"rope parameter {key!r}", expected="a finite number", found=repr(value))
     if above is not None and value <= above:
@@ -194,9 +187,7 @@ def _llama3(plain: NDArray[np.float64], params: Mapping[str, Any], max_length: i
     high = _number(params, "high_freq_factor", None, above=0.0)
     original = _number(params, _ORIGINAL_LENGTH, max_length, above=0.0)
     if high <= low:
-        raise ConfigError(
-            "high_freq_factor", expected=f"more than low_freq_factor ({low:g})", found=f"{high:g}"
-        )
+        raise ConfigError("high_freq_factor", expected=f"more than low_freq_factor ({low:g})", found=f"{high:g}")
     turns = original * plain / (2 * math.pi)  # rotations over the original context
     blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
     slowed: NDArray[np.float64] = (1 - blend) * plain / factor + blend * plain
@@ -238,8 +229,6 @@ def _yarn(
         return inv_freq, _number(params, "attention_factor", None, above=0.0)
     over, under = params.get("mscale"), params.get("mscale_all_dim")
     if over and under:
-        scale = temperature(_number(params, "mscale", None)) / temperature(
-            _number(params, "mscale_all_dim", None)
-        )
+        scale = temperature(_number(params, "mscale", None)) / temperature(_number(params, "mscale_all_dim", None))
         return inv_freq, scale
     return inv_freq, temperature(1.0)

@@ -149,19 +149,13 @@ class NGPTSpec:
                 remedy="correct the head counts in config.json",
             )
         if self.rotary_dim % 2 or not 2 <= self.rotary_dim <= self.head_dim:
-            raise ConfigError(
-                "rotary channels", expected=f"even, 2 to {self.head_dim}", found=str(self.rotary_dim)
-            )
+            raise ConfigError("rotary channels", expected=f"even, 2 to {self.head_dim}", found=str(self.rotary_dim))
         if len(self.inv_freq) != self.rotary_dim // 2 or not all(map(math.isfinite, self.inv_freq)):
             raise ConfigError("inv_freq", expected=f"{self.rotary_dim // 2} finite values")
         if self.mlp not in get_args(Activation):
-            raise ConfigError(
-                "mlp activation", expected=", ".join(get_args(Activation)), found=repr(self.mlp)
-            )
+            raise ConfigError("mlp activation", expected=", ".join(get_args(Activation)), found=repr(self.mlp))
         if self.position == "research" and (
-            self.num_kv_heads != self.num_heads
-            or self.rotary_dim != self.head_dim
-            or self.rope_attention_scaling != 1.0
+            self.num_kv_heads != self.num_heads or self.rotary_dim != self.head_dim or self.rope_attention_scaling != 1.0
         ):
             raise ConfigError(
                 "position_code 'research'",
@@ -261,8 +255,7 @@ def _check_keys(config: Mapping[str, Any]) -> None:
     unknown = sorted(set(config) - set(DEFAULTS) - BOOKKEEPING_KEYS - {"quantization_config"})
     if unknown:
         raise ConfigError(
-            f"config.json has an unknown key {unknown[0]!r}"
-            + (f" (and {unknown[1:]})" if unknown[1:] else ""),
+            f"config.json has an unknown key {unknown[0]!r}" + (f" (and {unknown[1:]})" if unknown[1:] else ""),
             expected="keys of the nGPT configuration only",
             found=f"{unknown[0]} = {config[unknown[0]]!r}"[:200],
             remedy="remove the key if it has no effect; if it has, this network is not the nGPT known here",
@@ -349,7 +342,5 @@ def _research_rope(config: Mapping[str, Any], rope: Rope, head_dim: int) -> Rope
         )
     stated = config.get("rope_theta")
     if stated is not None and stated != 10000.0:
-        raise ConfigError(
-            "rope_theta", expected="10000 (or absent) with position_code 'research'", found=repr(stated)
-        )
+        raise ConfigError("rope_theta", expected="10000 (or absent) with position_code 'research'", found=repr(stated))
     return Rope("default", 10000.0, head_dim, research_inv_freq(head_dim), 1.0)

@@ -32,9 +32,7 @@ class Runner(Protocol):
     def close(self, slot: int) -> None:
         """Free it."""
 
-    def prefill(
-        self, slot: int, tokens: NDArray[np.int64], *, all_logits: bool = False
-    ) -> NDArray[np.float32]:
+    def prefill(self, slot: int, tokens: NDArray[np.int64], *, all_logits: bool = False) -> NDArray[np.float32]:
         """Append tokens [T] to the slot's cache; logits [V], or [T, V] for all."""
 
     def decode(self, slots: Items[int], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -60,9 +58,7 @@ def run_engine(
     return traces
 
 
-def _run_group(
-    runner: Runner, group: list[Sequence], first: int, tick: Callable[[], None]
-) -> list[NDArray[np.float32]]:
+def _run_group(runner: Runner, group: list[Sequence], first: int, tick: Callable[[], None]) -> list[NDArray[np.float32]]:
     slots: list[int] = []
     out = [np.full((len(s.tokens), runner.vocab_size), np.nan, dtype=np.float32) for s in group]
     try:
@@ -77,13 +73,9 @@ def _run_group(
             tick()
         for step in range(max(len(s.tokens) - s.prompt_length for s in group)):
             active = [i for i, s in enumerate(group) if s.prompt_length + step < len(s.tokens)]
-            tokens = np.asarray(
-                [group[i].tokens[group[i].prompt_length + step] for i in active], dtype=np.int64
-            )
+            tokens = np.asarray([group[i].tokens[group[i].prompt_length + step] for i in active], dtype=np.int64)
             logits = runner.decode([slots[i] for i in active], tokens)
-            for i, row in zip(
-                active, _shaped(logits, (len(active), runner.vocab_size), "decode"), strict=True
-            ):
+            for i, row in zip(active, _shaped(logits, (len(active), runner.vocab_size), "decode"), strict=True):
                 out[i][group[i].prompt_length + step] = row
             tick()
     finally:
@@ -126,9 +118,7 @@ def distance(reference: Trace, run: Trace, tokens: tuple[int, ...]) -> Distance:
     a, b = np.asarray(reference.logits, np.float64), np.asarray(run.logits, np.float64)
     foreign = sorted(set(run.taps) - set(reference.taps))
     if run.taps and len(foreign) == len(run.taps):
-        raise EngineError(
-            "none of the engine's taps is known", expected="embed, layers.0.mlp.update, ...", found=foreign[0]
-        )
+        raise EngineError("none of the engine's taps is known", expected="embed, layers.0.mlp.update, ...", found=foreign[0])
     finite = bool(np.isfinite(b).all()) and all(bool(np.isfinite(v).all()) for v in run.taps.values())
     with np.errstate(invalid="ignore", divide="ignore"):
         log_p, log_q = _log_softmax(a), _log_softmax(b)
@@ -149,11 +139,7 @@ def distance(reference: Trace, run: Trace, tokens: tuple[int, ...]) -> Distance:
                 -np.take_along_axis(log_p[:-1], following, 1)[:, 0],
                 -np.take_along_axis(log_q[:-1], following, 1)[:, 0],
             ),
-            angles={
-                name: angle(reference.taps[name], run.taps[name])
-                for name in reference.taps
-                if name in run.taps
-            },
+            angles={name: angle(reference.taps[name], run.taps[name]) for name in reference.taps if name in run.taps},
             finite=finite,
         )
 

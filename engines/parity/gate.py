@@ -56,21 +56,15 @@ def checks(measured: Measured, audit: WeightAudit | None = None) -> list[Check]:
     roundoff = _ROUNDOFF[measured.precision]
     for phase in ("prefill", "decode"):
         part = phase_of(phase)
-        found += _pair(
-            f"{phase}: logit error", measured, part, lambda d: d.rms, roundoff * measured.logit_size, "logit"
-        )
+        found += _pair(f"{phase}: logit error", measured, part, lambda d: d.rms, roundoff * measured.logit_size, "logit")
         found += _pair(f"{phase}: sqrt(KL)", measured, part, lambda d: np.sqrt(d.kl), roundoff, "sqrt(nat)")
         found += _pair(f"{phase}: angle of logits", measured, part, lambda d: d.logit_angle, roundoff, "rad")
-        found += _pair(
-            f"{phase}: norm ratio of logits", measured, part, lambda d: np.abs(d.norm_ratio - 1), roundoff, ""
-        )
+        found += _pair(f"{phase}: norm ratio of logits", measured, part, lambda d: np.abs(d.norm_ratio - 1), roundoff, "")
     found.append(_top1(measured))
     for tap in tap_names(measured.engine):
         found += _pair(f"angle at {tap}", measured, None, lambda d, tap=tap: d.angles[tap], roundoff, "rad")  # type: ignore[misc]
     if audit is not None:
-        found.append(
-            Check(f"quantised weights, worst ({audit.worst_name})", audit.worst_step, 0.5, 1.01, "step")
-        )
+        found.append(Check(f"quantised weights, worst ({audit.worst_name})", audit.worst_step, 0.5, 1.01, "step"))
         found.append(Check("quantised weights, rms", audit.worst_rms, 0.29, 0.5, "step"))
         found.append(Check("some weights are quantised", 0.0 if audit.matrices else 1.0, 0.0, 0.0, ""))
     return found
@@ -106,8 +100,7 @@ def _pair(
 
     def gather(distances: list[Distance]) -> Array:
         pieces = [
-            value(d)[part(s) if part is not None else slice(None)]
-            for s, d in zip(measured.sequences, distances, strict=True)
+            value(d)[part(s) if part is not None else slice(None)] for s, d in zip(measured.sequences, distances, strict=True)
         ]
         return np.concatenate(pieces)
 
@@ -130,8 +123,5 @@ def stable_positions(measured: Measured) -> list[np.ndarray[tuple[int], np.dtype
 
 
 def _top1(measured: Measured) -> Check:
-    wrong = sum(
-        int((~d.top1[stable]).sum())
-        for d, stable in zip(measured.engine, stable_positions(measured), strict=True)
-    )
+    wrong = sum(int((~d.top1[stable]).sum()) for d, stable in zip(measured.engine, stable_positions(measured), strict=True))
     return Check("first choice differs where the margin is stable", float(wrong), 0.0, 0.0, "positions")

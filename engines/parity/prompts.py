@@ -92,7 +92,5 @@ def _encode(checkpoint: Checkpoint, text: str) -> list[int]:
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
-        raise MissingPackageError(
-            "text prompts need the package tokenizers", remedy="pip install tokenizers"
-        ) from error
+        raise MissingPackageError("text prompts need the package tokenizers", remedy="pip install tokenizers") from error
     return list(Tokenizer.from_file(str(path)).encode(text).ids)

@@ -46,9 +46,7 @@ class TorchReference:
         dtype = DTYPES[precision]
         self.precision = precision
         with _quiet_loading():
-            self.model: Any = NGPTForCausalLM.from_pretrained(
-                folder, dtype=dtype, attn_implementation=attention
-            )
+            self.model: Any = NGPTForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
         self.model.eval()
         if dtype == torch.float64:
             self.model.double()  # transformers keeps some vectors in float32; widening them is exact

@@ -88,9 +88,7 @@ class ParityReport:
             verdict=self.verdict.upper(),
             css_class=self.verdict,
             engine=html.escape(str(self.summary.get("engine", ""))),
-            failures=f"<p>Failed:</p><ul>{worst}</ul>"
-            if worst
-            else "<p>Every check is within its limit.</p>",
+            failures=f"<p>Failed:</p><ul>{worst}</ul>" if worst else "<p>Every check is within its limit.</p>",
             facts=facts,
             plots=plots,
             rows=rows,

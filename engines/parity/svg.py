@@ -22,9 +22,7 @@ class Line:
     dashed: bool = False
 
 
-def chart(
-    title: str, x_label: str, y_label: str, lines: Sequence[Line], marks: Sequence[tuple[int, str]] = ()
-) -> str:
+def chart(title: str, x_label: str, y_label: str, lines: Sequence[Line], marks: Sequence[tuple[int, str]] = ()) -> str:
     """An ``<svg>`` element with a logarithmic y axis; x is the index. ``marks`` are labelled vertical lines."""
     shown = [v for line in lines for v in line.values if math.isfinite(v) and v > 0]
     low = math.floor(math.log10(min(shown))) if shown else -1
@@ -49,9 +47,7 @@ def chart(
         parts.append(f'<line x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}" class="grid"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">1e{power}</text>')
     for step in range(0, count, max(1, math.ceil(count / 12))):
-        parts.append(
-            f'<text x="{x(step):.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{step}</text>'
-        )
+        parts.append(f'<text x="{x(step):.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{step}</text>')
     for index, label in marks:
         at = x(index)
         parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}" class="mark"/>')
@@ -60,20 +56,14 @@ def chart(
         points = [(x(i), y(v)) for i, v in enumerate(line.values) if math.isfinite(v) and v > 0]
         dash = ' stroke-dasharray="5 4"' if line.dashed else ""
         path = " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{line.color}" stroke-width="1.6"{dash}/>'
-        )
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{line.color}" stroke-width="1.6"{dash}/>')
         if len(points) < 24:
-            parts += [
-                f'<circle cx="{px:.1f}" cy="{py:.1f}" r="2.5" fill="{line.color}"/>' for px, py in points
-            ]
+            parts += [f'<circle cx="{px:.1f}" cy="{py:.1f}" r="2.5" fill="{line.color}"/>' for px, py in points]
     for number, line in enumerate(lines):
         at = WIDTH - _RIGHT - 130 * (len(lines) - number)
         parts.append(f'<rect x="{at}" y="8" width="12" height="8" fill="{line.color}"/>')
         parts.append(f'<text x="{at + 16}" y="16">{html.escape(line.label)}</text>')
-    parts.append(
-        f'<text x="{(WIDTH + _LEFT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{html.escape(x_label)}</text>'
-    )
+    parts.append(f'<text x="{(WIDTH + _LEFT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{html.escape(x_label)}</text>')
     parts.append(
         f'<text x="14" y="{HEIGHT / 2}" text-anchor="middle" transform="rotate(-90 14 {HEIGHT / 2})">'
         f"{html.escape(y_label)}</text></svg>"

@@ -101,9 +101,7 @@ class _Work:
         self.quantization = quantization
         self.progress = progress
         self.done = 0
-        parameters = sum(
-            int(np.prod(expected.shape)) for expected in expected_tensors(checkpoint.spec).values()
-        )
+        parameters = sum(int(np.prod(expected.shape)) for expected in expected_tensors(checkpoint.spec).values())
         self.wide = "float64" if 8 * parameters <= limit else "float32"
 
     def tell(self, what: str) -> None:
@@ -128,9 +126,7 @@ class _Work:
             )
         return sequences, _run(model, sequences)
 
-    def reference(
-        self, folder: Path, sequences: list[Sequence], original: list[Trace]
-    ) -> tuple[list[Trace], WeightAudit | None]:
+    def reference(self, folder: Path, sequences: list[Sequence], original: list[Trace]) -> tuple[list[Trace], WeightAudit | None]:
         """What the engine should compute: the original, or the same with quantised weights."""
         if self.quantization is None:
             self.tell("using that run as the reference")
@@ -293,9 +289,7 @@ def _runner_of(engine: Any) -> tuple[Runner, Any, str, str]:
         if getattr(holder, "runner", None) is not None:
             runner = holder.runner  # type: ignore[union-attr]
             break
-    missing = [
-        part for part in ("open", "close", "prefill", "decode", "vocab_size") if not hasattr(runner, part)
-    ]
+    missing = [part for part in ("open", "close", "prefill", "decode", "vocab_size") if not hasattr(runner, part)]
     if missing:
         if owned is not None:
             owned.close()
@@ -309,14 +303,10 @@ def _runner_of(engine: Any) -> tuple[Runner, Any, str, str]:
     return runner, owned, manifest.name, manifest.target.precision
 
 
-def _scheme(
-    precision: str, block_size: int, quantization: Quantization | None
-) -> tuple[str, Quantization | None]:
+def _scheme(precision: str, block_size: int, quantization: Quantization | None) -> tuple[str, Quantization | None]:
     """The dtype of the engine's arithmetic, and its quantisation if it has one."""
     if precision not in PRECISIONS:
-        raise TargetError(
-            "precision of the parity check", expected=", ".join(PRECISIONS), found=repr(precision)
-        )
+        raise TargetError("precision of the parity check", expected=", ".join(PRECISIONS), found=repr(precision))
     if quantization is None and precision in _BITS:
         from export.quantize import quantize_dequantize
 

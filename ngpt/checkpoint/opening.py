@@ -45,9 +45,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             remedy="point at the folder" if path.suffix == ".safetensors" else "",
         )
     if not path.is_dir():
-        raise CheckpointError(
-            f"there is no checkpoint at {path}", expected="a folder or a ckpt.pt", found="nothing"
-        )
+        raise CheckpointError(f"there is no checkpoint at {path}", expected="a folder or a ckpt.pt", found="nothing")
     if (path / CONFIG_FILE).is_file():
         return _open_folder(path)
     if (path / RESEARCH_FILE).is_file():
@@ -147,14 +145,10 @@ def _read_index(path: Path) -> dict[str, str]:
     index: Any = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CorruptFileError(
-            f"{path}", expected="an object with a non-empty weight_map", found=repr(index)[:80]
-        )
+        raise CorruptFileError(f"{path}", expected="an object with a non-empty weight_map", found=repr(index)[:80])
     for name, file in weight_map.items():
         if not isinstance(file, str):
-            raise CorruptFileError(
-                f"{path}: shard of {name!r}", expected="a file name", found=repr(file)[:80]
-            )
+            raise CorruptFileError(f"{path}: shard of {name!r}", expected="a file name", found=repr(file)[:80])
         if file.endswith(".bin"):
             raise _refuse_bin(path.parent / file)
         # Only a bare name can be a shard: no folder, no drive, no parent, nothing hidden.

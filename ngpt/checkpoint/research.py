@@ -68,9 +68,7 @@ class ResearchSource:
 
     def _info(self, name: str) -> TensorInfo:
         tensor = self.get(name)
-        return TensorInfo(
-            _DTYPES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch.")), tuple(tensor.shape)
-        )
+        return TensorInfo(_DTYPES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch.")), tuple(tensor.shape))
 
     def get(self, name: str) -> torch.Tensor:
         """A view of the stored tensor in Hugging Face shape."""
@@ -98,9 +96,7 @@ def research_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
         )
     for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
         if isinstance(arguments[key], bool) or not isinstance(arguments[key], int) or arguments[key] < 1:
-            raise ConfigError(
-                f"model_args.{key}", expected="a positive whole number", found=repr(arguments[key])
-            )
+            raise ConfigError(f"model_args.{key}", expected="a positive whole number", found=repr(arguments[key]))
     width, heads = arguments["n_embd"], arguments["n_head"]
     if width % heads:
         raise ConfigError("model_args.n_embd", expected=f"a multiple of n_head ({heads})", found=str(width))
@@ -142,17 +138,13 @@ def research_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def _load(path: Path) -> Mapping[str, Any]:
     try:
-        is_zip = zipfile.is_zipfile(path)
-        if is_zip:
-            with zipfile.ZipFile(path) as archive:
-                _check_archive(archive, path)
-        elif path.stat().st_size > 0 and path.open("rb").read(2) == b"PK":
-            raise CorruptFileError(
-                f"{path} is truncated",
-                expected="a complete zip archive",
-                remedy="copy or download the file again",
-            )
-        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True if is_zip else None)
+        with path.open("rb") as file:
+            magic = file.read(2)
+        if not zipfile.is_zipfile(path):
+            raise _not_an_archive(path, magic)
+        with zipfile.ZipFile(path) as archive:
+            _check_archive(archive, path)
+        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise UnsafeFormatError(
             f"{path} asks for objects beyond tensors and plain values",
@@ -168,13 +160,26 @@ def _load(path: Path) -> Mapping[str, Any]:
     return stored
 
 
+def _not_an_archive(path: Path, magic: bytes) -> CheckpointError:
+    if magic in (b"", b"PK"):
+        return CorruptFileError(
+            f"{path} is truncated",
+            expected="a complete zip archive",
+            remedy="copy or download the file again",
+        )
+    return UnsafeFormatError(
+        f"{path} is not an archive as torch.save writes it; a bare pickle can run code when loaded",
+        expected="a zip archive",
+        found=f"a file that starts with {magic!r}",
+        remedy="re-save it where you trust it, with PyTorch 1.6 or later",
+    )
+
+
 def _check_archive(archive: zipfile.ZipFile, path: Path) -> None:
     """Torch stores members uncompressed; anything else could expand without bound."""
     for member in archive.infolist():
         if member.compress_type != zipfile.ZIP_STORED:
-            raise UnsafeFormatError(
-                f"{path}: member {member.filename!r} is compressed", expected="stored members"
-            )
+            raise UnsafeFormatError(f"{path}: member {member.filename!r} is compressed", expected="stored members")
         if member.filename.endswith(".pkl") and member.file_size > MAX_PICKLE_BYTES:
             raise UnsafeFormatError(
                 f"{path}: member {member.filename!r}",
@@ -190,9 +195,7 @@ def _plain_names(state: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
             raise CheckpointError(f"model[{key!r}]", expected="a tensor", found=type(value).__name__)
         name = key.removeprefix(COMPILE_PREFIX)
         if name in plain:
-            raise UnexpectedTensorError(
-                f"tensor {name!r} is stored twice", found=f"with and without {COMPILE_PREFIX}"
-            )
+            raise UnexpectedTensorError(f"tensor {name!r} is stored twice", found=f"with and without {COMPILE_PREFIX}")
         plain[name] = value
     return plain
 

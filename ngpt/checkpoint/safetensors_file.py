@@ -47,9 +47,7 @@ def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> Any:
     try:
         size = path.stat().st_size
         if size > limit:
-            raise CorruptFileError(
-                f"{path} is too large", expected=f"at most {limit} bytes", found=f"{size} bytes"
-            )
+            raise CorruptFileError(f"{path} is too large", expected=f"at most {limit} bytes", found=f"{size} bytes")
         return parse_json(path.read_bytes(), str(path))
     except OSError as error:
         raise CorruptFileError(f"cannot read {path}", found=str(error)) from error
@@ -127,9 +125,7 @@ def _entry(name: str, entry: Any, path: Path) -> tuple[TensorInfo, tuple[int, in
     dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
         raise bad(f"dtype {dtype!r}")
-    numbers = (
-        [*shape, *span] if isinstance(shape, list) and isinstance(span, list) and len(span) == 2 else [None]
-    )
+    numbers = [*shape, *span] if isinstance(shape, list) and isinstance(span, list) and len(span) == 2 else [None]
     if any(not isinstance(n, int) or isinstance(n, bool) or not 0 <= n < 1 << 63 for n in numbers):
         raise bad(f"shape {shape!r}, data_offsets {span!r}")
     bits = math.prod(shape) * _BITS[dtype]
@@ -158,9 +154,7 @@ def _check_spans(spans: list[tuple[tuple[int, int], str]], available: int, path:
             remedy="copy or download the file again",
         )
     if position < available:
-        raise CorruptFileError(
-            f"{path} has bytes that belong to no tensor", expected=f"{position} bytes", found=f"{available}"
-        )
+        raise CorruptFileError(f"{path} has bytes that belong to no tensor", expected=f"{position} bytes", found=f"{available}")
 
 
 class SafetensorsReader:

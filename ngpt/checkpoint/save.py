@@ -31,9 +31,7 @@ def save_hf(
     """
     target = Path(out_dir)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise OutputExistsError(
-            f"{target} is in use", expected="a new or empty folder", remedy="choose another"
-        )
+        raise OutputExistsError(f"{target} is in use", expected="a new or empty folder", remedy="choose another")
     staging: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -45,9 +43,7 @@ def save_hf(
             target.rmdir()
         folder.rename(target)
     except OSError as error:
-        raise BuildError(
-            f"cannot write {target}", found=str(error), remedy="free space or fix permissions"
-        ) from error
+        raise BuildError(f"cannot write {target}", found=str(error), remedy="free space or fix permissions") from error
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
@@ -62,9 +58,7 @@ def _write(checkpoint: Checkpoint, folder: Path, limit: int, progress: Progress 
     shards = _shards(checkpoint, limit)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
-        file_name = (
-            SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        )
+        file_name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         if progress is not None:
             progress(number - 1, len(shards), file_name)
         # Views of shared storage (halves of c_fc) must become tensors of their own.

@@ -63,9 +63,7 @@ class Reference:
         """Position code on x [B, T, heads, D]."""
         spec = self.spec
         if spec.position == "research":
-            s, c = (
-                table[positions][:, :, None] for table in research_tables(spec.inv_freq, positions.max() + 1)
-            )
+            s, c = (table[positions][:, :, None] for table in research_tables(spec.inv_freq, positions.max() + 1))
             out = np.empty_like(x)
             out[..., 0::2] = -x[..., 1::2] * c
             out[..., 1::2] = x[..., 0::2] * s

@@ -51,9 +51,7 @@ def test_sharded_equals_single(tmp_path):
     sharded.validate()
     assert sharded.names() == single.names() and sharded.spec == single.spec
     assert all(torch.equal(sharded.get(name), single.get(name)) for name in single.names())
-    assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")], (
-        "no staging folder is left"
-    )
+    assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")], "no staging folder is left"
 
 
 def test_a_symlinked_file_is_followed_as_in_a_hub_cache(tmp_path):
@@ -161,9 +159,7 @@ def test_matrices_that_are_not_unit_norm(tmp_path, part):
     column = part.endswith(("o_proj", "down_proj"))
     (tensors[name][:, 5] if column else tensors[name][5])[:] *= 1.0001
     checkpoint = open_checkpoint(write_checkpoint(tmp_path, tensors))
-    with pytest.raises(
-        TensorValueError, match=f"{part}.*not unit norm: {'column' if column else 'row'} 5, 1 "
-    ):
+    with pytest.raises(TensorValueError, match=f"{part}.*not unit norm: {'column' if column else 'row'} 5, 1 "):
         checkpoint.validate()
 
 
@@ -177,9 +173,7 @@ def test_a_zero_embedding_has_no_direction(tmp_path):
 def test_tolerance_is_that_of_the_storage_dtype(tmp_path):
     assert norm_tolerance(torch.float32, 64) < 1e-5 < norm_tolerance(torch.bfloat16, 64) < 0.01
     narrow = {name: tensor.bfloat16().float() for name, tensor in golden_tensors().items()}
-    open_checkpoint(
-        write_checkpoint(tmp_path / "wide", narrow)
-    ).validate()  # bfloat16 values in a float32 file
+    open_checkpoint(write_checkpoint(tmp_path / "wide", narrow)).validate()  # bfloat16 values in a float32 file
     narrow[Q0] = (narrow[Q0] * 1.02).bfloat16()
     with pytest.raises(TensorValueError, match="bfloat16 rounding"):
         open_checkpoint(write_checkpoint(tmp_path / "off", narrow)).validate()

@@ -68,6 +68,4 @@ def test_research_tables_are_halves_of_the_interleaved_table():
 
 def test_yarn_needs_a_theta_with_a_logarithm():
     with pytest.raises(ConfigError, match="rope_theta"):
-        rope_from_config(
-            {"rope_theta": 1.0, "rope_scaling": {"type": "yarn", **YARN}}, head_dim=8, max_length=512
-        )
+        rope_from_config({"rope_theta": 1.0, "rope_scaling": {"type": "yarn", **YARN}}, head_dim=8, max_length=512)

@@ -45,9 +45,7 @@ def test_both_rope_spellings_mean_the_same():
     for key in ("rope_theta", "rope_scaling", "partial_rotary_factor"):
         del new[key]
     assert NGPTSpec.from_config(new) == old
-    assert NGPTSpec.from_config({**new, "rope_theta": 5000.0}) == old, (
-        "an agreeing duplicate is no contradiction"
-    )
+    assert NGPTSpec.from_config({**new, "rope_theta": 5000.0}) == old, "an agreeing duplicate is no contradiction"
 
 
 def test_digest_depends_on_every_field_and_survives_json():
@@ -63,9 +61,7 @@ def test_eos_may_be_a_list_or_null():
 
 
 def test_keys_that_transformers_writes_are_no_error():
-    NGPTSpec.from_config(
-        config(transformers_version="5.23.0", dtype="bfloat16", _name_or_path="x", id2label={})
-    )
+    NGPTSpec.from_config(config(transformers_version="5.23.0", dtype="bfloat16", _name_or_path="x", id2label={}))
 
 
 BAD = {

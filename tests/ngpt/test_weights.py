@@ -44,10 +44,7 @@ def test_the_golden_check_can_fail(fault):
 
 
 def test_folding_follows_the_formulas():
-    raw = {
-        name: tensor.double().numpy()
-        for name, tensor in load_file(GOLDEN / "gqa" / "model.safetensors").items()
-    }
+    raw = {name: tensor.double().numpy() for name, tensor in load_file(GOLDEN / "gqa" / "model.safetensors").items()}
     weights = Weights(open_checkpoint(GOLDEN / "gqa"))
     spec, layer = weights.spec, "model.layers.1."
     up = raw[layer + "mlp.up_proj.weight"] * raw[layer + "mlp.suv.weight"] * spec.suv_scale * 8.0

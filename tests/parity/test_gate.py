@@ -163,9 +163,7 @@ def test_given_prompts_are_continued_by_the_models_own_choice():
 
     model = TorchReference(GOLDEN / "gqa", "float64")
     length = greedy["input_ids"].shape[1]
-    assert (
-        model.continue_greedily(greedy["input_ids"][0].tolist(), 24) == greedy["greedy"][0, length:].tolist()
-    )
+    assert model.continue_greedily(greedy["input_ids"][0].tolist(), 24) == greedy["greedy"][0, length:].tolist()
 
 
 def test_report_files(tmp_path):

@@ -40,9 +40,7 @@ def test_nll_is_of_the_next_token():
 def test_a_nan_is_not_finite():
     logits = np.zeros((1, 3))
     assert not distance(Trace(logits), Trace(np.array([[0.0, np.nan, 0.0]])), (0,)).finite
-    assert not distance(
-        Trace(logits, {"embed": np.ones((1, 2))}), Trace(logits, {"embed": np.full((1, 2), np.inf)}), (0,)
-    ).finite
+    assert not distance(Trace(logits, {"embed": np.ones((1, 2))}), Trace(logits, {"embed": np.full((1, 2), np.inf)}), (0,)).finite
 
 
 @pytest.mark.parametrize("bits", [4, 8])
