@@ -97,15 +97,18 @@ def export_graph(
         ir.save(model, path, external_data=path.name + ".data", size_threshold_bytes=1024, callback=step)
 
 
-def verify_folder(folder: Path, checkpoint: Checkpoint, *, decode_steps: int = 64) -> dict[str, Any]:
-    """Parity of the engine in `folder` with its checkpoint; writes parity.json and parity.html, returns the summary."""
-    from engines.parity import verify
+def verify_folder(
+    folder: Path, checkpoint: Checkpoint, *, decode_steps: int = 64, report: Path | None = None
+) -> dict[str, Any]:
+    """Parity of the engine in `folder` with its checkpoint: writes parity.json and parity.html to `report` (default: the
+    engine's folder) and returns the summary with the verdict."""
+    from engines.parity.verify import PARITY_SLOTS, verify
     from engines.runtime.manifest import read_manifest
     from engines.runtime.onnx_runner import OnnxRunner
 
     manifest = read_manifest(folder)
     target = load_target(manifest.target.name)
-    runner = OnnxRunner(folder, manifest, num_slots=2)
+    runner = OnnxRunner(folder, manifest, num_slots=PARITY_SLOTS)
     with tempfile.TemporaryDirectory() as scratch:
         result = verify(
             runner,
@@ -115,7 +118,9 @@ def verify_folder(folder: Path, checkpoint: Checkpoint, *, decode_steps: int = 6
             decode_steps=decode_steps,
             taps=tap_function(checkpoint, target, Path(scratch)),
         )
-    result.write(folder)
+    if report is not None:
+        report.mkdir(parents=True, exist_ok=True)
+    result.write(report or folder)
     return {"verdict": result.verdict, "report": "parity.json", "html": "parity.html", **result.summary}
 
 
@@ -164,7 +169,9 @@ def _atomic_folder(folder: Path, needed: int) -> Iterator[Path]:
             )  # fmt: skip
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=parent))
     except OSError as error:
-        raise BuildError(f"cannot write to {parent}", found=error.strerror or str(error), remedy="choose another --output") from error
+        raise BuildError(
+            f"cannot write to {parent}", found=error.strerror or str(error), remedy="choose another --output"
+        ) from error
     try:
         yield work
         work.chmod(0o755)

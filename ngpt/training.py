@@ -26,5 +26,7 @@ def unit_matrices(model: NGPTForCausalLM) -> Iterator[tuple[Tensor, int]]:
 def normalize_weights_(model: NGPTForCausalLM) -> None:
     """Return every matrix to unit-norm rows or columns, in place; call it after each optimiser step (section 2.6)."""
     for weight, axis in unit_matrices(model):
-        length = torch.linalg.vector_norm(weight.double() if weight.device.type == "cpu" else weight.float(), dim=axis, keepdim=True)
+        length = torch.linalg.vector_norm(
+            weight.double() if weight.device.type == "cpu" else weight.float(), dim=axis, keepdim=True
+        )
         weight.div_(length.clamp_min(torch.finfo(torch.float32).tiny).to(weight.dtype))

@@ -51,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("engine", type=Path)
     verify.add_argument("--checkpoint", required=True)
     verify.add_argument("--decode-steps", type=_positive, default=64, help="teacher-forced decode steps per prompt")
-    verify.add_argument("--report", type=Path, help="folder for parity.json and parity.html; a new one beside the engine if not given")
+    verify.add_argument(
+        "--report", type=Path, help="folder for parity.json and parity.html; a new one beside the engine if not given"
+    )
 
     package = command("package", _package, "Package an engine as a Triton model repository.")
     package.add_argument("engine", type=Path)
@@ -123,9 +125,7 @@ def _build(args: argparse.Namespace) -> int:
     from engines.build import build_engine
 
     with Bar() as bar:
-        folder = build_engine(
-            args.checkpoint, args.target, args.output, name=args.name, verify=not args.no_verify, progress=bar
-        )
+        folder = build_engine(args.checkpoint, args.target, args.output, name=args.name, verify=not args.no_verify, progress=bar)
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     print(f"engine   {folder}")
     _print_verdict(manifest, folder)
@@ -172,7 +172,10 @@ def _serve(args: argparse.Namespace) -> int:
 
     ports = {"http_port": args.http_port, "grpc_port": args.grpc_port, "metrics_port": args.metrics_port}
     with TritonServer(args.repository, log_path=args.log, **ports) as server:
-        print(f"gRPC 127.0.0.1:{server.grpc_port}  HTTP 127.0.0.1:{server.http_port}  metrics 127.0.0.1:{server.metrics_port}", flush=True)
+        print(
+            f"gRPC 127.0.0.1:{server.grpc_port}  HTTP 127.0.0.1:{server.http_port}  metrics 127.0.0.1:{server.metrics_port}",
+            flush=True,
+        )
         print("press Ctrl-C to stop", flush=True)
         try:
             server.wait()
@@ -212,7 +215,9 @@ def _inspect(args: argparse.Namespace) -> int:
     target, model = manifest["target"], manifest["model"]
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     print(f"engine   {manifest['name']}, built {manifest['created']}, {size / 1e6:.1f} MB in {len(manifest['files'])} files")
-    print(f"target   {target['name']}: {target['runtime']}, {target['precision']}, {target['providers'][0]}, cache {target['cache']}")
+    print(
+        f"target   {target['name']}: {target['runtime']}, {target['precision']}, {target['providers'][0]}, cache {target['cache']}"
+    )
     sizes = f"{model['num_layers']} layers, hidden {model['hidden_size']}, {model['num_heads']}/{model['num_kv_heads']} heads"
     print(f"model    {sizes} of {model['head_dim']}, vocabulary {model['vocab_size']}, up to {model['max_length']} tokens")
     for name, digest in manifest["digests"].items():

@@ -179,8 +179,12 @@ def save(model: NGPTForCausalLM, tokenizer: Tokenizer, report: dict, output: Pat
     model.generation_config.update(do_sample=False, eos_token_id=2, bos_token_id=1, pad_token_id=0)
     model.save_pretrained(output)
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        model_max_length=model.config.max_position_embeddings, clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=model.config.max_position_embeddings,
+        clean_up_tokenization_spaces=False,
     ).save_pretrained(output)
     (output / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

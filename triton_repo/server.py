@@ -7,6 +7,7 @@ would be copied to any other Triton.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -83,7 +84,8 @@ class TritonServer:
 
     Args:
         repository: the model repository to serve.
-        log_file: where the server's output goes; a temporary file when None, deleted on a clean stop.
+        log_path: where the server's output goes; a temporary file when None, deleted on a clean stop.
+        http_port, grpc_port, metrics_port: 0 for any free one.
         probe: the inference that proves it works; ``default_probe`` when None.
         start_timeout: seconds from start to the first good inference.
         stop_timeout: seconds that requests in flight get after SIGTERM.
@@ -97,7 +99,10 @@ class TritonServer:
         self,
         repository: str | os.PathLike[str],
         *,
-        log_file: str | os.PathLike[str] | None = None,
+        log_path: str | os.PathLike[str] | None = None,
+        http_port: int = 0,
+        grpc_port: int = 0,
+        metrics_port: int = 0,
         probe: Probe | None = None,
         start_timeout: float = 60.0,
         stop_timeout: float = 5.0,
@@ -108,28 +113,44 @@ class TritonServer:
                 "no model repository", expected="a folder", found=str(repository), remedy="Run package_engine first."
             )
         self._work = tempfile.TemporaryDirectory(prefix="ngpt-triton-")
-        self.log_file = Path(log_file) if log_file is not None else Path(self._work.name) / "server.txt"
+        self.log_path = Path(log_path).absolute() if log_path is not None else Path(self._work.name) / "server.txt"
         self._probe = probe
         self._start_timeout = start_timeout
         self._stop_timeout = stop_timeout
         self._process: subprocess.Popen[bytes] | None = None
         self._shm_prefix = ""
-        self._ports = (0, 0, 0)
+        self._wanted_ports = (http_port, grpc_port, metrics_port)
+        self._ports: tuple[int, ...] = self._wanted_ports
+
+    @property
+    def http_port(self) -> int:
+        """Port of the HTTP endpoint."""
+        return self._ports[0]
+
+    @property
+    def grpc_port(self) -> int:
+        """Port of the gRPC endpoint."""
+        return self._ports[1]
+
+    @property
+    def metrics_port(self) -> int:
+        """Port of the Prometheus endpoint."""
+        return self._ports[2]
 
     @property
     def http_url(self) -> str:
         """``host:port`` of the HTTP endpoint."""
-        return f"{_HOST}:{self._ports[0]}"
+        return f"{_HOST}:{self.http_port}"
 
     @property
     def grpc_url(self) -> str:
         """``host:port`` of the gRPC endpoint."""
-        return f"{_HOST}:{self._ports[1]}"
+        return f"{_HOST}:{self.grpc_port}"
 
     @property
     def metrics_url(self) -> str:
         """``host:port`` of the Prometheus endpoint."""
-        return f"{_HOST}:{self._ports[2]}"
+        return f"{_HOST}:{self.metrics_port}"
 
     @property
     def pid(self) -> int | None:
@@ -140,9 +161,7 @@ class TritonServer:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
 
     def start(self) -> None:
@@ -166,6 +185,14 @@ class TritonServer:
             except BaseException:
                 self._terminate()
                 raise
+
+    def wait(self) -> None:
+        """Block until the server ends by itself. Raises ServerError when it does, for nobody asked it to."""
+        process = self._process
+        if process is not None:
+            process.wait()
+            if self._process is not None:
+                raise self._failure("the Triton server stopped")
 
     def stop(self) -> None:
         """Stop the server; does nothing when it is not running."""
@@ -206,7 +233,8 @@ class TritonServer:
         return environment
 
     def _launch(self, home: Path, backends: Path) -> None:
-        self._ports = _free_ports()
+        free = _free_ports()
+        self._ports = tuple(wanted or any_free for wanted, any_free in zip(self._wanted_ports, free, strict=True))
         self._shm_prefix = f"ngpt-{os.getpid()}-{secrets.token_hex(4)}"
         command = [
             str(home / "bin" / "tritonserver"),
@@ -220,8 +248,8 @@ class TritonServer:
         ]
         for name, port in zip(("http", "grpc", "metrics"), self._ports, strict=True):
             command += [f"--{name}-address={_HOST}", f"--{name}-port={port}"]
-        self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        with self.log_file.open("wb") as log:
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -257,7 +285,7 @@ class TritonServer:
         return ServerError(what, remedy=f"The server's log ends with:\n{tail}")
 
     def _log_text(self) -> str:
-        return self.log_file.read_text(errors="replace") if self.log_file.is_file() else ""
+        return self.log_path.read_text(errors="replace") if self.log_path.is_file() else ""
 
     def _terminate(self) -> None:
         process, self._process = self._process, None
@@ -272,10 +300,8 @@ class TritonServer:
                 process.kill()
                 process.wait()
         # The server leads a session of its own: whatever is left in it are its orphaned model processes.
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         for leftover in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
             leftover.unlink(missing_ok=True)
 

@@ -31,7 +31,8 @@ def every_projection(name: str) -> bool:
 class Quantization:
     """How an engine is quantised: weights to ``bits`` in blocks of ``block_size``, activations to int8 or not.
 
-    ``head_bits``: of the language-model head, where it differs.
+    ``head_bits``: of the language-model head, where it differs. ``narrow_embedding``: the embedding table is stored
+    as float16.
     """
 
     bits: int
@@ -40,6 +41,7 @@ class Quantization:
     applies: Callable[[str], bool] = every_projection
     int8_activations: bool = True
     head_bits: int | None = None
+    narrow_embedding: bool = False
 
     def bits_of(self, name: str) -> int:
         """Bits of one module's weight, by its PyTorch name."""
@@ -72,6 +74,8 @@ def put_quantized_weights(model: nn.Module, quantization: Quantization) -> Weigh
             module.weight = nn.Parameter(fresh)  # a tied head is quantised, the table that it shared is not
         else:
             module.weight.data.copy_(fresh)
+    if quantization.narrow_embedding and embedding is not None:  # after the head, which may share the table
+        embedding.weight.data.copy_(embedding.weight.half())
     return audit
 
 

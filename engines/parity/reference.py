@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +91,17 @@ def _quiet_loading() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _recorded(model: Any) -> Iterator[dict[str, torch.Tensor]]:
-    """The model's own taps between attention and MLP, where this version of it offers them."""
-    import ngpt.model
+    """Hidden states between attention and MLP: the input of every layer's MLP, [1, T, E]."""
+    seen: dict[str, torch.Tensor] = {}
 
-    record = getattr(ngpt.model, "record_taps", None)
-    if record is None:
-        yield {}
-        return
-    with record(model) as taps:
-        yield taps
+    def recorder(name: str) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
+        def record(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            seen[name] = inputs[0].detach()
+
+        return record
+
+    with contextlib.ExitStack() as hooks:
+        for index, layer in enumerate(model.model.layers):
+            handle = layer.mlp.register_forward_pre_hook(recorder(f"layers.{index}.attn.update"))
+            hooks.callback(handle.remove)
+        yield seen

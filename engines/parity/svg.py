@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 720, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 16, 34, 46
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 16, 48, 46
 COLORS = {"engine": "#c2410c", "noise": "#2563eb", "limit": "#6b7280"}
 
 
@@ -60,9 +60,9 @@ def chart(title: str, x_label: str, y_label: str, lines: Sequence[Line], marks: 
         if len(points) < 24:
             parts += [f'<circle cx="{px:.1f}" cy="{py:.1f}" r="2.5" fill="{line.color}"/>' for px, py in points]
     for number, line in enumerate(lines):
-        at = WIDTH - _RIGHT - 130 * (len(lines) - number)
-        parts.append(f'<rect x="{at}" y="8" width="12" height="8" fill="{line.color}"/>')
-        parts.append(f'<text x="{at + 16}" y="16">{html.escape(line.label)}</text>')
+        at = _LEFT + 110 * number
+        parts.append(f'<rect x="{at}" y="26" width="12" height="8" fill="{line.color}"/>')
+        parts.append(f'<text x="{at + 16}" y="34">{html.escape(line.label)}</text>')
     parts.append(f'<text x="{(WIDTH + _LEFT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{html.escape(x_label)}</text>')
     parts.append(
         f'<text x="14" y="{HEIGHT / 2}" text-anchor="middle" transform="rotate(-90 14 {HEIGHT / 2})">'

@@ -52,6 +52,7 @@ def verify(
     quantization: Quantization | None = None,
     taps: TapFunction | None = None,
     float64_limit_bytes: int = FLOAT64_LIMIT_BYTES,
+    name: str | None = None,
     progress: Progress | None = None,
 ) -> ParityReport:
     """Compare an engine, teacher-forced, with `NGPTForCausalLM` on the same checkpoint.
@@ -60,13 +61,14 @@ def verify(
     for quantised weights in blocks of ``block_size`` with int8 activations and float32 elsewhere (default: from the
     manifest, else "fp32"); ``quantization`` states another scheme. ``taps`` gives the engine's hidden states, ids [T]
     to name -> [T, E], for the check layer by layer. The reference is float64 where the model fits in
-    ``float64_limit_bytes``, else float32; the report says which. ``progress(done, total, what)``.
+    ``float64_limit_bytes``, else float32; the report says which. ``name`` heads the
+    report (default: the manifest's). ``progress(done, total, what)``.
 
     Raises `EngineError` if the engine misbehaves, `CheckpointError` or `ConfigError` for bad input. A numerical
     disagreement is no exception: it is the verdict "fail".
     """
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
-    runner, owned, name, declared = _runner_of(engine)
+    runner, owned, own_name, declared = _runner_of(engine)
     try:
         _check_sizes(runner, checkpoint)
         arithmetic, quantization = _scheme(precision or declared, block_size, quantization)
@@ -81,7 +83,7 @@ def verify(
         if owned is not None:
             owned.close()
     work.tell("comparing")
-    return work.report(name, sequences, original, reference, noise, traces, audit)
+    return work.report(name or own_name, sequences, original, reference, noise, traces, audit)
 
 
 class _Work:
@@ -282,7 +284,7 @@ def _runner_of(engine: Any) -> tuple[Runner, Any, str, str]:
     if isinstance(engine, str | os.PathLike):
         from engines.runtime.engine import load_engine
 
-        owned = engine = load_engine(engine, num_slots=PARITY_SLOTS)
+        owned = engine = load_engine(Path(engine), num_slots=PARITY_SLOTS)
     manifest = getattr(engine, "manifest", None)
     runner: Any = engine
     for holder in (engine, getattr(engine, "scheduler", None)):
@@ -310,6 +312,7 @@ def _scheme(precision: str, block_size: int, quantization: Quantization | None) 
     if quantization is None and precision in _BITS:
         from export.quantize import quantize_dequantize
 
-        # The exporter keeps the head at 8 bits: its rounding would go straight into the logits.
-        quantization = Quantization(_BITS[precision], block_size, quantize_dequantize, head_bits=8)
+        # The exporter keeps the head at 8 bits, since its rounding goes straight into the logits, and the embedding
+        # table in float16.
+        quantization = Quantization(_BITS[precision], block_size, quantize_dequantize, head_bits=8, narrow_embedding=True)
     return PRECISIONS[precision], quantization

@@ -125,7 +125,9 @@ class OnnxPortable(Lowering[ir.Value]):
         axes = self._constant("last", np.array([-1], np.int64))
         wide = self._wide(x, name)
         length = self._node("ReduceL2", [wide, axes], f"{name}.length", keepdims=1)
-        length = self._node("Add", [length, self._constant(f"eps.{eps}", np.array(eps, np.float32), wide=True)], f"{name}.guarded")
+        length = self._node(
+            "Add", [length, self._constant(f"eps.{eps}", np.array(eps, np.float32), wide=True)], f"{name}.guarded"
+        )
         if self.dtype == ir.DataType.FLOAT:
             return self._node("Div", [wide, length], name)
         return self._node("Cast", [self._node("Div", [wide, length], f"{name}.wide_unit")], name, to=self.dtype)
@@ -210,7 +212,13 @@ class OnnxPortable(Lowering[ir.Value]):
         return self.initializers[key]
 
     def _weight(
-        self, name: str, load: Callable[[], NDArray[Any]], shape: Sequence[int], *, narrow: bool = False, dtype: ir.DataType | None = None
+        self,
+        name: str,
+        load: Callable[[], NDArray[Any]],
+        shape: Sequence[int],
+        *,
+        narrow: bool = False,
+        dtype: ir.DataType | None = None,
     ) -> ir.Value:
         """A tensor that is read, folded and written only when the graph is saved, and not kept afterwards."""
         if name not in self.initializers:

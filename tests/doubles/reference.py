@@ -46,7 +46,7 @@ class Reference:
         self.w = {}
         for name in weights.names():
             value = weights.get(name)
-            if replace is not None and name.endswith(".weight"):
+            if replace is not None and (name == "embed" or name.endswith(".weight")):
                 value = replace(name, value)
             self.w[name] = value.astype(dtype)
         if "signed_alpha" in self.faults:

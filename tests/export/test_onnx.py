@@ -99,7 +99,9 @@ def test_fused_and_composed_updates_agree_on_zero_tiny_and_huge_branches():
             ops.nodes.clear()
             out = ops.hypersphere_update("out", *values, rate="lr", eps=eps)
             out.type = ir.TensorType(ir.DataType.FLOAT)
-            graph = ir.Graph(values, [out], nodes=ops.nodes, initializers=list(ops.initializers.values()), opset_imports=ops.opsets())
+            graph = ir.Graph(
+                values, [out], nodes=ops.nodes, initializers=list(ops.initializers.values()), opset_imports=ops.opsets()
+            )
             model = ir.to_proto(ir.Model(graph, ir_version=11)).SerializeToString()
             got = ort.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, {"h": h, "x": x})[0]
             assert np.abs(got - expected).max() <= 5e-7, (lowering.__name__, eps)

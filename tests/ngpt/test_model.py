@@ -205,7 +205,12 @@ def test_a_fresh_model_starts_on_the_hypersphere():
     for weight, axis in unit_matrices(model):
         torch.testing.assert_close(weight.norm(dim=axis), torch.ones(weight.shape[1 - axis]))
     layer = model.model.layers[1]
-    for p, value in ((layer.self_attn.sqk.weight, 0.2), (layer.attn_alpha, 0.2), (layer.mlp.suv.weight, 1.0), (model.sz.weight, 0.2)):
+    for p, value in (
+        (layer.self_attn.sqk.weight, 0.2),
+        (layer.attn_alpha, 0.2),
+        (layer.mlp.suv.weight, 1.0),
+        (model.sz.weight, 0.2),
+    ):
         assert torch.equal(p, torch.full_like(p, value))
 
 

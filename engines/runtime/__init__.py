@@ -1,0 +1,47 @@
+"""The serving runtime: loads an engine folder and answers requests. Needs no PyTorch."""
+
+from .engine import Engine, load_engine
+from .errors import (
+    Cancelled,
+    CapacityError,
+    ClosedError,
+    EngineFileError,
+    MissingRuntimeError,
+    RequestError,
+    RunnerError,
+    ServingError,
+)
+from .manifest import FileEntry, Manifest, ModelInfo, TargetInfo, read_manifest, verify_files, write_manifest
+from .request import RequestHandle, TokenEvent
+from .runner import Runner
+from .sampling import SamplingParams
+from .scheduler import Scheduler, Stats
+from .text import TextStream, Tokenizer
+
+__all__ = [
+    "Cancelled",
+    "CapacityError",
+    "ClosedError",
+    "Engine",
+    "EngineFileError",
+    "FileEntry",
+    "Manifest",
+    "MissingRuntimeError",
+    "ModelInfo",
+    "RequestError",
+    "RequestHandle",
+    "Runner",
+    "RunnerError",
+    "SamplingParams",
+    "Scheduler",
+    "Stats",
+    "ServingError",
+    "TargetInfo",
+    "TextStream",
+    "TokenEvent",
+    "Tokenizer",
+    "load_engine",
+    "read_manifest",
+    "verify_files",
+    "write_manifest",
+]

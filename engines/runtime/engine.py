@@ -1,0 +1,256 @@
+"""An engine folder, loaded: logits, generated tokens, generated text."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ClosedError, EngineFileError, MissingRuntimeError, RequestError
+from .manifest import Manifest, read_manifest
+from .manifest import verify_files as check_files
+from .request import RequestHandle, TokenEvent
+from .runner import Runner
+from .sampling import SamplingParams
+from .scheduler import Scheduler
+from .text import TOKENIZER_NAME, TextStream, Tokenizer
+
+# manifest.target.runtime -> (module of this package, class, library it needs)
+_RUNNERS = {"onnxruntime": (".onnx_runner", "OnnxRunner", "onnxruntime")}
+
+
+class Engine:
+    """A model that answers. Use it as a context manager, or call close()."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        manifest: Manifest,
+        tokenizer: Tokenizer | None = None,
+        *,
+        prefill_chunk: int = 256,
+        max_queue: int = 1024,
+    ) -> None:
+        self.runner = runner
+        self.manifest = manifest
+        self.scheduler = Scheduler(runner, prefill_chunk=prefill_chunk, max_queue=max_queue)
+        self._tokenizer = tokenizer
+        self._closed = False
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops the scheduler; requests that are not done fail. Calling it twice is harmless."""
+        self._closed = True
+        self.scheduler.stop()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises EngineFileError if the folder has no tokenizer.json."""
+        if self._tokenizer is None:
+            raise EngineFileError(
+                "the engine's tokenizer",
+                expected=TOKENIZER_NAME,
+                found="no such file",
+                remedy="Use token ids, or build from a checkpoint that has a tokenizer.",
+            )
+        return self._tokenizer
+
+    def logits(self, input_ids: NDArray[np.int64], attention_mask: NDArray[Any] | None = None) -> NDArray[np.float32]:
+        """Logits float32 [B, T, V] of int64 token ids [B, T].
+
+        The mask [B, T] is 1 for tokens and 0 for padding, which may be on the left or on the right of a row;
+        positions count from a row's first token, and padded places are 0.0. Raises RequestError.
+        """
+        ids = np.asarray(input_ids)
+        if ids.ndim != 2 or ids.dtype.kind not in "iu" or 0 in ids.shape:
+            raise RequestError(
+                "input_ids",
+                expected="integers of shape [B, T], B and T at least 1",
+                found=f"{ids.dtype} of shape {ids.shape}",
+                remedy="Give one row per sequence.",
+            )
+        mask = np.ones(ids.shape, bool) if attention_mask is None else _mask(attention_mask, ids.shape)
+        out = np.zeros((*ids.shape, self.runner.vocab_size), np.float32)
+        self._start()
+        # A few at a time, so that no more rows of logits exist than there are slots.
+        for first in range(0, len(ids), self.runner.num_slots):
+            handles: list[RequestHandle] = []
+            rows = range(first, min(first + self.runner.num_slots, len(ids)))
+            try:
+                for row in rows:
+                    handles.append(self.scheduler.score(ids[row, mask[row]]))
+                for row, handle in zip(rows, handles, strict=True):
+                    handle.result()
+                    out[row, mask[row]] = handle.context_logits
+            finally:
+                _abandon(handles)
+        return out
+
+    def submit(self, prompt: Sequence[int], max_new_tokens: int = 32, ignore_eos: bool = False, **sampling: Any) -> RequestHandle:
+        """Queues a request; `sampling` holds fields of SamplingParams. Raises RequestError, CapacityError."""
+        self._start()
+        return self.scheduler.submit(prompt, self.params(max_new_tokens, ignore_eos, **sampling))
+
+    def params(self, max_new_tokens: int = 32, ignore_eos: bool = False, **sampling: Any) -> SamplingParams:
+        """SamplingParams with this model's end tokens, unless eos_token_ids is given."""
+        sampling.setdefault("eos_token_ids", self.manifest.model.eos_token_ids)
+        try:
+            return SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=ignore_eos, **sampling)
+        except TypeError as error:
+            known = set(SamplingParams.__dataclass_fields__)
+            raise RequestError(
+                "sampling options", expected=", ".join(sorted(known)), found=", ".join(sorted(set(sampling) - known))
+            ) from error
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 32, ignore_eos: bool = False, **sampling: Any
+    ) -> list[list[int]]:
+        """Continues each prompt (token ids); returns the new tokens alone, an end token included."""
+        results: list[list[int]] = []
+        wave = self.scheduler.max_queue
+        for first in range(0, len(prompts), wave):
+            handles: list[RequestHandle] = []
+            try:
+                for prompt in prompts[first : first + wave]:
+                    handles.append(self.submit(prompt, max_new_tokens, ignore_eos, **sampling))
+                results.extend([handle.result() for handle in handles])
+            finally:
+                _abandon(handles)
+        return results
+
+    def stream(
+        self, prompt: Sequence[int], max_new_tokens: int = 32, ignore_eos: bool = False, **sampling: Any
+    ) -> Iterator[TokenEvent]:
+        """TokenEvents of one prompt as they come; the request is submitted now, and cancelled if left early."""
+        return _events(self.submit(prompt, max_new_tokens, ignore_eos, **sampling))
+
+    def stream_text(
+        self,
+        prompt: str | bytes,
+        max_new_tokens: int = 32,
+        *,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """Pieces of the continuation's text, none of them empty; it ends before the first of the `stop` strings."""
+        stream = TextStream(self.tokenizer, stop)
+        handle = self.submit(self.tokenizer.encode(prompt), max_new_tokens, ignore_eos, **sampling)
+        return _pieces(handle, stream)
+
+    def generate_text(
+        self,
+        prompt: str | bytes,
+        max_new_tokens: int = 32,
+        *,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        **sampling: Any,
+    ) -> str:
+        """The continuation of a text, without the prompt and without special tokens."""
+        return "".join(self.stream_text(prompt, max_new_tokens, stop=stop, ignore_eos=ignore_eos, **sampling))
+
+    def _start(self) -> None:
+        if self._closed:
+            raise ClosedError("the engine is closed", remedy="Load it again.")
+        self.scheduler.start()
+
+
+def load_engine(path: str | Path, *, num_slots: int = 8, threads: int | None = None, verify_files: bool = True) -> Engine:
+    """Loads an engine folder for `num_slots` sequences at a time.
+
+    threads: CPU threads of the runtime, None for its default. verify_files: compare every file's SHA-256 first.
+    Raises EngineFileError, MissingRuntimeError, RequestError (num_slots, threads).
+    """
+    for name, value in (("num_slots", num_slots), ("threads", 1 if threads is None else threads)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise RequestError(name, expected="an integer of at least 1", found=repr(value))
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    if verify_files:
+        check_files(folder, manifest)
+    tokenizer = Tokenizer.load(folder) if (folder / TOKENIZER_NAME).exists() else None
+    return Engine(_runner(folder, manifest, num_slots, threads), manifest, tokenizer)
+
+
+def _runner(folder: Path, manifest: Manifest, num_slots: int, threads: int | None) -> Runner:
+    runtime = manifest.target.runtime
+    if runtime not in _RUNNERS:
+        raise EngineFileError(
+            "manifest field 'target.runtime'",
+            expected=" or ".join(_RUNNERS),
+            found=runtime,
+            remedy="This engine needs another version of the package.",
+        )
+    module, name, library = _RUNNERS[runtime]
+    try:
+        kind = getattr(importlib.import_module(module, __package__), name)
+        runner = kind(folder, manifest, num_slots, threads)
+    except ModuleNotFoundError as error:
+        if error.name != library:
+            raise
+        raise MissingRuntimeError(
+            f"the library {library}",
+            expected="installed",
+            found="not installed",
+            remedy="Install the extra: pip install 'ngpt-deploy[onnx]'.",
+        ) from error
+    return cast(Runner, runner)
+
+
+def _mask(attention_mask: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    mask = np.asarray(attention_mask)
+    if mask.shape != shape or not np.isin(mask, (0, 1)).all():
+        raise RequestError(
+            "attention_mask", expected=f"zeros and ones of shape {shape}", found=f"{mask.dtype} of shape {mask.shape}"
+        )
+    mask = mask.astype(bool)
+    for row, line in enumerate(mask):
+        places = np.flatnonzero(line)
+        if places.size == 0 or places[-1] - places[0] + 1 != places.size:
+            raise RequestError(
+                f"attention_mask[{row}]",
+                expected="one unbroken run of ones",
+                found="no ones" if places.size == 0 else "a gap between ones",
+                remedy="Pad on one side, and leave out empty rows.",
+            )
+    return mask
+
+
+def _events(handle: RequestHandle) -> Iterator[TokenEvent]:
+    try:
+        yield from handle
+    finally:
+        handle.cancel()
+
+
+def _pieces(handle: RequestHandle, stream: TextStream) -> Iterator[str]:
+    try:
+        for event in handle:
+            piece = stream.push(event.token) if event.token >= 0 else ""
+            if stream.stopped:
+                handle.cancel("stop")
+            if piece:
+                yield piece
+            if stream.stopped:
+                return
+        if rest := stream.flush():
+            yield rest
+    finally:
+        handle.cancel()
+
+
+def _abandon(handles: Sequence[RequestHandle]) -> None:
+    for handle in handles:
+        if not handle.done:
+            handle.cancel()

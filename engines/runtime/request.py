@@ -1,0 +1,230 @@
+"""One request as its caller sees it: a handle that yields tokens, can be waited for, and can be cancelled."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from .errors import Cancelled, ServingError
+from .runner import Logits, Tokens
+from .sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from .scheduler import Scheduler
+
+FinishReason = Literal["eos", "stop", "length", "cancelled", "error"]
+NO_TOKEN = -1
+"""The `token` of an event that only says how a request ended."""
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One new token, and on the last event how the request ended.
+
+    ``index`` counts the request's tokens from 0. The eos token, and the tokens of a stop sequence, are delivered
+    like any other; ``stop_sequence`` says which tokens at the end of the output made it stop. ``logits`` is the
+    model's own float32 [V] row when return_generation_logits was asked. When a request ends by "cancelled" or
+    "error" its last event carries no token: ``token`` is -1 (NO_TOKEN) and ``has_token`` is False.
+    """
+
+    token: int
+    index: int
+    logprob: float | None = None
+    finish_reason: FinishReason | None = None
+    stop_sequence: tuple[int, ...] = ()
+    logits: Logits | None = None
+
+    @property
+    def has_token(self) -> bool:
+        """Whether the event brings a token."""
+        return self.token != NO_TOKEN
+
+
+@dataclass(frozen=True)
+class Times:
+    """Moments on the monotonic clock in nanoseconds; 0 for what has not happened."""
+
+    arrival_ns: int
+    first_scheduled_ns: int = 0
+    first_token_ns: int = 0
+    last_token_ns: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished request. ``logprobs`` has one entry per token when they were asked for, otherwise none."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    times: Times
+    context_logits: Logits | None
+    generation_logits: Logits | None
+
+    @property
+    def cumulative_logprob(self) -> float:
+        """Sum of the log-probabilities."""
+        return float(sum(self.logprobs))
+
+
+class RequestHandle:
+    """What `Scheduler.submit` returns. Safe to use from any thread.
+
+    Iterating yields every `TokenEvent` from the first, waiting for those still to come; several iterators may
+    run. After the last event it stops, or raises the request's error when the request failed.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        prompt: Tokens,
+        params: SamplingParams,
+        on_event: Callable[[TokenEvent], None] | None = None,
+    ) -> None:
+        self.prompt, self.params = prompt, params
+        self.error: ServingError | None = None
+        self._scheduler, self._on_event = scheduler, on_event
+        self._changed = threading.Condition()
+        self._events: list[TokenEvent] = []
+        self._context: list[Logits] = []
+        self._arrival, self._scheduled, self._first, self._last = time.monotonic_ns(), 0, 0, 0
+        self._cancelled = self._done = False
+
+    # The caller's side.
+
+    def __iter__(self) -> Iterator[TokenEvent]:
+        place = 0
+        while (event := self._event(place)) is not None:
+            yield event
+            place += 1
+        if self.error is not None:
+            raise self.error
+
+    def cancel(self) -> None:
+        """Ask for the request to end. Its slot is free after the scheduler's next step; may be called at any time."""
+        self._cancelled = True
+        self._scheduler.wake()
+
+    def result(self, timeout: float | None = None) -> Result:
+        """Wait until the request is done.
+
+        Raises Cancelled when it was cancelled, its own error when it failed, TimeoutError after `timeout` seconds.
+        """
+        if not self.wait(timeout):
+            raise TimeoutError(f"the request is not done after {timeout} seconds")
+        if self.error is not None:
+            raise self.error
+        reason = self.finish_reason
+        if reason is None or reason == "cancelled":
+            raise Cancelled("the request was cancelled", found=f"{len(self.tokens)} tokens so far")
+        with self._changed:
+            events = [event for event in self._events if event.has_token]
+        rows = [event.logits for event in events if event.logits is not None]
+        return Result(
+            tokens=[event.token for event in events],
+            logprobs=[event.logprob for event in events if event.logprob is not None],
+            finish_reason=reason,
+            prompt_tokens=len(self.prompt),
+            times=self.times,
+            context_logits=self.context_logits,
+            generation_logits=np.stack(rows) if rows else None,
+        )
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the request is done or `timeout` seconds have passed; returns whether it is done."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self._done:
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                return False
+            self._wait(left)
+        return True
+
+    @property
+    def done(self) -> bool:
+        """Whether the last event has happened."""
+        return self._done
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens so far."""
+        with self._changed:
+            return [event.token for event in self._events if event.has_token]
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """How the request ended, or None while it runs."""
+        with self._changed:
+            return self._events[-1].finish_reason if self._events else None
+
+    @property
+    def times(self) -> Times:
+        """When the request arrived, was first given a slot, and got its first and last token."""
+        return Times(self._arrival, self._scheduled, self._first, self._last)
+
+    @property
+    def context_logits(self) -> Logits | None:
+        """Float32 [T, V] of every prompt position once the prompt is read, when asked for; otherwise None."""
+        with self._changed:
+            return np.concatenate(self._context) if sum(map(len, self._context)) == len(self.prompt) else None
+
+    def _event(self, place: int) -> TokenEvent | None:
+        while True:
+            with self._changed:
+                if place < len(self._events):
+                    return self._events[place]
+                if self._done:
+                    return None
+            self._wait(None)
+
+    def _wait(self, timeout: float | None) -> None:
+        """Wait for a change; without a scheduler thread, make one by taking a step."""
+        seen = len(self._events)
+        if self._scheduler.running:
+            with self._changed:
+                if len(self._events) == seen and not self._done:
+                    # A bounded wait, so that a scheduler stopped meanwhile is noticed.
+                    self._changed.wait(0.2 if timeout is None else min(timeout, 0.2))
+        else:
+            self._scheduler.step()
+
+    # The scheduler's side.
+
+    @property
+    def cancel_requested(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._cancelled
+
+    def mark_scheduled(self) -> None:
+        """Note the moment the request got a slot."""
+        self._scheduled = self._scheduled or time.monotonic_ns()
+
+    def add_context(self, logits: Logits) -> None:
+        """Keep float32 [T', V] of the next prompt positions."""
+        with self._changed:
+            self._context.append(logits)
+
+    def emit(self, event: TokenEvent) -> None:
+        """Deliver an event; one with a finish reason is the last."""
+        with self._changed:
+            if self._done:
+                return
+            if event.has_token:
+                self._last = time.monotonic_ns()
+                self._first = self._first or self._last
+            self._events.append(event)
+            self._done = event.finish_reason is not None
+            self._changed.notify_all()
+        if self._on_event is not None:
+            self._on_event(event)
+
+    def end(self, reason: FinishReason, error: ServingError | None = None) -> None:
+        """End the request without another token."""
+        self.error = self.error or error
+        self.emit(TokenEvent(NO_TOKEN, len(self.tokens), finish_reason=reason))

@@ -1,0 +1,231 @@
+"""From the tensors of a Triton request to sampling options, the same for every model of the repository.
+
+Copied into the model repository: NumPy is all it needs, and it knows nothing of Triton's Python API.
+Names, dtypes and neutral values are those of the public TensorRT-LLM model repositories.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Inputs = Mapping[str, NDArray[Any]]
+
+
+class InputError(ValueError):
+    """A request that cannot be served as asked; the message begins with the name of the tensor."""
+
+
+# What an option is called inside, and what the client calls it: in the tokens model and in the text model.
+TOKENS_NAMES: dict[str, str] = {
+    "max_tokens": "request_output_len",
+    "end_id": "end_id",
+    "pad_id": "pad_id",
+    "beam_width": "beam_width",
+    "num_return_sequences": "num_return_sequences",
+    "min_tokens": "min_tokens",
+    "top_k": "runtime_top_k",
+    "top_p": "runtime_top_p",
+    "temperature": "temperature",
+    "repetition_penalty": "repetition_penalty",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+    "length_penalty": "len_penalty",
+    "seed": "seed",
+    "stream": "streaming",
+    "exclude_input": "exclude_input_in_output",
+    "return_log_probs": "return_log_probs",
+    "return_context_logits": "return_context_logits",
+    "return_generation_logits": "return_generation_logits",
+    "return_num_input_tokens": "return_num_input_tokens",
+    "return_num_output_tokens": "return_num_output_tokens",
+    "return_perf_metrics": "return_perf_metrics",
+}
+TEXT_NAMES: dict[str, str] = {
+    **TOKENS_NAMES,
+    "max_tokens": "max_tokens",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "length_penalty": "length_penalty",
+    "stream": "stream",
+}
+_INT32 = ("max_tokens", "end_id", "pad_id", "beam_width", "num_return_sequences", "min_tokens", "top_k")
+_FP32 = ("top_p", "temperature", "repetition_penalty", "presence_penalty", "frequency_penalty", "length_penalty")
+OPTION_DTYPES: dict[str, type[np.generic]] = {
+    **dict.fromkeys(_INT32, np.int32),
+    **dict.fromkeys(_FP32, np.float32),
+    "seed": np.uint64,
+    **{name: np.bool_ for name in TOKENS_NAMES if name.startswith("return_") or name in ("stream", "exclude_input")},
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """A checked request. ``sampling`` holds keyword arguments of ``SamplingParams``; ``given`` every option as sent."""
+
+    sampling: dict[str, Any]
+    given: dict[str, Any] = field(default_factory=dict)
+
+    def wants(self, option: str, default: bool = False) -> bool:
+        """Whether a Boolean option is on."""
+        return bool(self.given.get(option, default))
+
+
+def scalar(inputs: Inputs, name: str) -> Any:
+    """The one value of an optional tensor as a Python number, or None when it was not sent."""
+    if name not in inputs:
+        return None
+    array = np.asarray(inputs[name])
+    if array.size != 1:
+        raise InputError(f"{name}: expected one value, found shape {list(array.shape)}. Send one request per prompt.")
+    value = array.reshape(-1)[0].item()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{name}: expected a finite number, found {value}.")
+    return value
+
+
+def parse_options(inputs: Inputs, names: Mapping[str, str], vocab_size: int) -> Options:
+    """Read and check every option of a request.
+
+    Args:
+        inputs: tensors by name, as sent.
+        names: ``TOKENS_NAMES`` or ``TEXT_NAMES``.
+        vocab_size: bound of ``end_id``.
+
+    Raises:
+        InputError: a value is out of range, or asks for something that is not offered.
+    """
+    given = {option: value for option, name in names.items() if (value := scalar(inputs, name)) is not None}
+
+    def require(option: str, good: bool, expected: str, remedy: str = "") -> None:
+        if not good:
+            raise InputError(f"{names[option]}: expected {expected}, found {given.get(option)}. {remedy}".rstrip())
+
+    require("max_tokens", given.get("max_tokens", 0) >= 1, "at least 1", "Say how many tokens to generate.")
+    for option in ("beam_width", "num_return_sequences"):
+        require(option, given.get(option, 1) in (0, 1), "1", "Beam search and several sequences are not supported.")
+    require("length_penalty", given.get("length_penalty", 0.0) in (0.0, 1.0), "0 or 1", "It is for beam search only.")
+    require("end_id", -1 <= given.get("end_id", -1) < vocab_size, f"a token id below {vocab_size}, or -1 for none")
+    require("min_tokens", given.get("min_tokens", 0) >= 0, "0 or more")
+    require("top_k", given.get("top_k", 0) >= 0, "0 or more")
+    require("top_p", 0.0 <= given.get("top_p", 0.0) <= 1.0, "0 to 1")
+    require("temperature", given.get("temperature", 1.0) >= 0.0, "0 or more")
+    require("repetition_penalty", given.get("repetition_penalty", 1.0) > 0.0, "more than 0")
+
+    sampling: dict[str, Any] = {
+        "max_new_tokens": given["max_tokens"],
+        "logprobs": bool(given.get("return_log_probs", False)),
+        "return_context_logits": bool(given.get("return_context_logits", False)),
+        "return_generation_logits": bool(given.get("return_generation_logits", False)),
+    }
+    copied = ("temperature", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
+    sampling.update({option: given[option] for option in copied if option in given})
+    # Zero means "off" for these two in the clients this interface comes from.
+    sampling.update({option: given[option] for option in ("top_k", "top_p") if given.get(option)})
+    if "min_tokens" in given:
+        sampling["min_new_tokens"] = given["min_tokens"]
+    if given.get("end_id") == -1:
+        sampling["ignore_eos"] = True
+    elif "end_id" in given:
+        sampling["eos_token_ids"] = (given["end_id"],)
+    return Options(sampling, given)
+
+
+def prompt_tokens(inputs: Inputs, vocab_size: int) -> list[int]:
+    """``input_ids`` cut to ``input_lengths``, as a list of token ids.
+
+    Raises:
+        InputError: no tokens, a length beyond the tokens sent, several prompts, or an id outside the vocabulary.
+    """
+    ids = np.asarray(inputs.get("input_ids", np.zeros((1, 0), np.int32)))
+    if ids.ndim > 1 and int(np.prod(ids.shape[:-1])) != 1:
+        raise InputError(f"input_ids: expected one prompt, found shape {list(ids.shape)}. Send one request per prompt.")
+    flat = ids.reshape(-1)
+    length = scalar(inputs, "input_lengths")
+    if length is not None:
+        if not 1 <= length <= flat.size:
+            raise InputError(f"input_lengths: expected 1 to {flat.size} (the tokens in input_ids), found {length}.")
+        flat = flat[:length]
+    if flat.size == 0:
+        raise InputError("input_ids: expected at least one token, found none.")
+    return check_ids("input_ids", flat.tolist(), vocab_size)
+
+
+def check_ids(name: str, ids: Sequence[int], vocab_size: int) -> list[int]:
+    """The ids, all of them in [0, vocab_size). Raises InputError."""
+    bad = next((token for token in ids if not 0 <= token < vocab_size), None)
+    if bad is not None:
+        raise InputError(f"{name}: expected token ids from 0 to {vocab_size - 1}, found {bad}.")
+    return list(ids)
+
+
+def check_room(name: str, prompt: int, max_length: int) -> None:
+    """A prompt must leave room for one new token. Raises InputError."""
+    if prompt >= max_length:
+        raise InputError(f"{name}: the prompt is too long: expected at most {max_length - 1} tokens, found {prompt}. Shorten it.")
+
+
+def text_of(inputs: Inputs, name: str) -> str:
+    """One UTF-8 string. Raises InputError when it is absent, not alone, or not UTF-8."""
+    if name not in inputs:
+        raise InputError(f"{name}: expected a string, found nothing.")
+    values = np.asarray(inputs[name]).reshape(-1)
+    if values.size != 1:
+        raise InputError(f"{name}: expected one string, found {values.size}. Send one request per prompt.")
+    return _decode(name, values[0])
+
+
+def words_of(inputs: Inputs, name: str) -> list[str]:
+    """The strings of an optional word list; empty strings, which some clients send for "none", are left out."""
+    if name not in inputs:
+        return []
+    return [word for value in np.asarray(inputs[name]).reshape(-1) if (word := _decode(name, value))]
+
+
+def _decode(name: str, value: Any) -> str:
+    try:
+        return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}: expected UTF-8 text, found bytes that are not ({error.reason}).") from None
+
+
+def sequences_of(inputs: Inputs, name: str, vocab_size: int) -> tuple[tuple[int, ...], ...]:
+    """A word list INT32 [2, n] as token sequences: row 0 the ids one after another, row 1 where each ends, padded with -1.
+
+    Raises:
+        InputError: another shape, ends that do not rise or reach beyond the ids, ids outside the vocabulary.
+    """
+    if name not in inputs:
+        return ()
+    array = np.asarray(inputs[name])
+    if array.size == 0:
+        return ()
+    if array.ndim < 2 or array.shape[-2] != 2 or int(np.prod(array.shape[:-2])) != 1:
+        raise InputError(f"{name}: expected shape [2, n], found {list(array.shape)}.")
+    ids, ends = array.reshape(2, -1).tolist()
+    found: list[tuple[int, ...]] = []
+    start = 0
+    for end in ends:
+        if end < 0:
+            break
+        if end == 0 and not any(later > 0 for later in ends):
+            break  # all zeros: how some clients write an empty list
+        if not start < end <= len(ids):
+            raise InputError(f"{name}: expected rising ends of at most {len(ids)}, found {end} after {start}.")
+        found.append(tuple(check_ids(name, ids[start:end], vocab_size)))
+        start = end
+    return tuple(found)
+
+
+def sequences_array(sequences: Sequence[Sequence[int]]) -> NDArray[np.int32]:
+    """The inverse of ``sequences_of``: INT32 [2, n], n at least 1."""
+    ids = [token for sequence in sequences for token in sequence]
+    ends = np.cumsum([len(sequence) for sequence in sequences], dtype=np.int64).tolist() if sequences else []
+    width = max(len(ids), len(ends), 1)
+    rows = [ids + [0] * (width - len(ids)), ends + [-1] * (width - len(ends))]
+    return np.asarray(rows, dtype=np.int32)

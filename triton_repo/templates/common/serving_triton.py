@@ -1,0 +1,111 @@
+"""What the decoupled models share: reading requests, answering errors, noticing cancelled requests, metrics."""
+
+import threading
+import time
+
+import triton_python_backend_utils as pb_utils
+
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+WATCH_SECONDS = 0.01
+
+
+def inputs_of(request):
+    """The tensors that were sent, by name."""
+    return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+
+
+def bad_request(error):
+    """INVALID_ARGUMENT with the error's own words."""
+    return pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
+
+
+def error_response(error):
+    """A response that carries a TritonError."""
+    return pb_utils.InferenceResponse(output_tensors=[], error=error)
+
+
+def parameter(args_config, name, default=None):
+    """A string from the parameters of config.pbtxt; empty counts as absent."""
+    value = args_config.get("parameters", {}).get(name, {}).get("string_value", "")
+    return value or default
+
+
+class Watcher:
+    """Looks at the requests in flight a hundred times a second and calls back when their client has gone.
+
+    The callback is repeated until the request is forgotten: a cancellation that arrives before the work was started
+    must not be lost.
+    """
+
+    def __init__(self, also=None):
+        self._live = {}
+        self._lock = threading.Lock()
+        self._also = also
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="cancellation-watcher", daemon=True)
+        self._thread.start()
+
+    def watch(self, sender, on_cancel):
+        """Returns a key for ``forget``."""
+        key = object()
+        with self._lock:
+            self._live[key] = (sender, on_cancel)
+        return key
+
+    def forget(self, key):
+        """Must be called before the final response is sent: asking a finished sender is an error."""
+        with self._lock:
+            self._live.pop(key, None)
+
+    def stop(self):
+        """End the thread."""
+        self._stopped.set()
+        self._thread.join(2.0)
+
+    def _run(self):
+        while not self._stopped.wait(WATCH_SECONDS):
+            with self._lock:
+                gone = [on_cancel for sender, on_cancel in self._live.values() if sender.is_cancelled()]
+            for on_cancel in gone:
+                self._guarded(on_cancel)
+            if self._also is not None:
+                self._guarded(self._also)
+
+    def _guarded(self, call):
+        try:
+            call()
+        except Exception as error:  # the watcher must outlive whatever one callback does
+            pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
+
+
+class Metrics:
+    """Prometheus metrics of the scheduler; silent where the server was built without them."""
+
+    def __init__(self, model, names):
+        """``names``: metric name -> (attribute of Scheduler.stats(), "gauge" or "counter", help)."""
+        self._metrics = []
+        self._due = 0.0
+        try:
+            for name, (key, kind, text) in names.items():
+                family_kind = pb_utils.MetricFamily.COUNTER if kind == "counter" else pb_utils.MetricFamily.GAUGE
+                family = pb_utils.MetricFamily(name=name, description=text, kind=family_kind)
+                metric = family.Metric(labels={"model": model})
+                # The family must stay referenced: the server drops it with its Python object.
+                self._metrics.append((key, kind, metric, family))
+        except Exception as error:
+            pb_utils.Logger.log_warn(f"no custom metrics: {error}")
+            self._metrics = []
+
+    def update(self, stats):
+        """Publish at most ten times a second."""
+        now = time.monotonic()
+        if now < self._due:
+            return
+        self._due = now + 0.1
+        values = stats()
+        for key, kind, metric, _family in self._metrics:
+            value = float(getattr(values, key))
+            if kind == "gauge":
+                metric.set(value)
+            elif (more := value - metric.value()) > 0:
+                metric.increment(more)

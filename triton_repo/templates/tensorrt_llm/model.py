@@ -1,0 +1,202 @@
+"""Tokens in, tokens out: the engine behind a scheduler that batches continuously."""
+
+import json
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from runtime import SamplingParams, load_engine  # noqa: E402
+from runtime.errors import CapacityError, RequestError  # noqa: E402
+from serving_inputs import (  # noqa: E402
+    TOKENS_NAMES,
+    InputError,
+    check_room,
+    parse_options,
+    prompt_tokens,
+    scalar,
+    sequences_of,
+)
+from serving_triton import (  # noqa: E402
+    FINAL,
+    Metrics,
+    Watcher,
+    bad_request,
+    error_response,
+    inputs_of,
+    parameter,
+)
+
+METRICS = {
+    "ngpt_requests_active": ("active", "gauge", "Requests that hold a slot"),
+    "ngpt_requests_queued": ("queued", "gauge", "Requests that wait for a slot"),
+    "ngpt_slots": ("slots", "gauge", "Slots of the key-value cache"),
+    "ngpt_prompt_tokens": ("prompt_tokens_total", "counter", "Prompt tokens read"),
+    "ngpt_generated_tokens": ("generated_tokens_total", "counter", "Tokens generated"),
+    "ngpt_requests_completed": ("completed_total", "counter", "Requests answered to their end"),
+    "ngpt_requests_cancelled": ("cancelled_total", "counter", "Requests cancelled"),
+}
+
+
+class TritonPythonModel:
+    """See the Python backend's documentation for the three methods."""
+
+    def initialize(self, args):
+        config = json.loads(args["model_config"])
+        threads = parameter(config, "threads")
+        self.engine = load_engine(
+            HERE / "engine",
+            num_slots=int(parameter(config, "num_slots", "8")),
+            threads=int(threads) if threads else None,
+        )
+        self.engine.scheduler.max_queue = int(parameter(config, "max_queue", "256"))
+        self.engine.scheduler.start()
+        self.exclude_input = parameter(config, "exclude_input_in_output", "false") == "true"
+        self.vocab_size = self.engine.manifest.model.vocab_size
+        self.max_length = self.engine.manifest.model.max_length
+        self.handles = {}
+        self.lock = threading.Lock()
+        self.metrics = Metrics(args["model_name"], METRICS)
+        self.watcher = Watcher(lambda: self.metrics.update(self.engine.scheduler.stats))
+
+    def execute(self, requests):
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                self._accept(request, sender)
+            except (InputError, RequestError) as error:
+                sender.send(error_response(bad_request(error)), flags=FINAL)
+            except CapacityError as error:
+                full = pb_utils.TritonError(str(error), pb_utils.TritonError.UNAVAILABLE)
+                sender.send(error_response(full), flags=FINAL)
+            except Exception as error:
+                text = f"{type(error).__name__}: {error}"
+                pb_utils.Logger.log_error(text)
+                sender.send(error_response(pb_utils.TritonError(text)), flags=FINAL)
+
+    def finalize(self):
+        self.watcher.stop()
+        self.engine.close()
+
+    def _accept(self, request, sender):
+        inputs = inputs_of(request)
+        name = request.request_id()
+        if scalar(inputs, "stop"):
+            self._stop(name)
+            sender.send(flags=FINAL)
+            return
+        options = parse_options(inputs, TOKENS_NAMES, self.vocab_size)
+        prompt = prompt_tokens(inputs, self.vocab_size)
+        check_room("input_ids", len(prompt), self.max_length)
+        sampling = dict(options.sampling)
+        sampling["stop_sequences"] = sequences_of(inputs, "stop_words_list", self.vocab_size)
+        sampling["bad_sequences"] = sequences_of(inputs, "bad_words_list", self.vocab_size)
+        if "eos_token_ids" not in sampling and not sampling.get("ignore_eos"):
+            sampling["eos_token_ids"] = tuple(self.engine.manifest.model.eos_token_ids)
+        handle = self.engine.scheduler.submit(prompt, SamplingParams(**sampling))
+        with self.lock:
+            self.handles.setdefault(name, []).append(handle)
+        answer = Answer(sender, options, prompt, options.wants("exclude_input", self.exclude_input))
+        key = self.watcher.watch(sender, handle.cancel)
+        threading.Thread(target=self._answer, args=(answer, handle, key, name), daemon=True).start()
+
+    def _stop(self, name):
+        if not name:
+            raise InputError("stop: expected the id of the request to stop, found a request without an id.")
+        with self.lock:
+            handles = list(self.handles.get(name, ()))
+        for handle in handles:
+            handle.cancel()
+
+    def _answer(self, answer, handle, key, name):
+        try:
+            for event in handle:
+                answer.add(event)
+            failure = None
+        except Exception as error:
+            pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
+            failure = pb_utils.TritonError(f"{type(error).__name__}: {error}")
+        finally:
+            with self.lock:
+                rest = [other for other in self.handles.get(name, ()) if other is not handle]
+                self.handles[name] = rest
+                if not rest:
+                    del self.handles[name]
+            self.watcher.forget(key)
+        answer.finish(handle, failure)
+
+
+class Answer:
+    """Turns token events into responses: one per token when streaming, else one at the end."""
+
+    def __init__(self, sender, options, prompt, exclude_input):
+        self.sender, self.options, self.prompt = sender, options, prompt
+        self.streaming = options.wants("stream")
+        # A stream carries new tokens only, whatever the option says.
+        self.exclude_input = exclude_input or self.streaming
+        self.count, self.total_log_prob = 0, 0.0
+        self.pending, self.log_probs, self.logits = [], [], []
+        self.first = True
+
+    def add(self, event):
+        if not event.has_token:
+            return
+        # One response is always kept back, so that the last one can carry the final flag and the times.
+        if self.streaming and self.pending:
+            self.sender.send(self._response())
+        self.pending.append(event.token)
+        self.count += 1
+        if event.logprob is not None:
+            self.log_probs.append(event.logprob)
+            self.total_log_prob += event.logprob
+        if self.options.wants("return_generation_logits") and event.logits is not None:
+            self.logits.append(event.logits)
+
+    def finish(self, handle, failure):
+        if failure is not None:
+            self.sender.send(error_response(failure), flags=FINAL)
+        else:
+            self.sender.send(self._response(handle), flags=FINAL)
+
+    def _response(self, handle=None):
+        tokens = self.pending if self.exclude_input else self.prompt + self.pending
+        tensors = [
+            tensor("output_ids", [[tokens]], np.int32),
+            tensor("sequence_length", [[len(tokens)]], np.int32),
+            tensor("batch_index", [[0]], np.int32),
+            tensor("sequence_index", [[0]], np.int32),
+        ]
+        if self.options.wants("return_log_probs"):
+            tensors.append(tensor("cum_log_probs", [[self.total_log_prob]], np.float32))
+            tensors.append(tensor("output_log_probs", [[self.log_probs]], np.float32))
+        if self.options.wants("return_generation_logits") and self.logits:
+            tensors.append(tensor("generation_logits", [[self.logits]], np.float32))
+        if handle is not None:
+            tensors += self._closing(handle)
+        self.pending, self.log_probs, self.logits = [], [], []
+        return pb_utils.InferenceResponse(output_tensors=tensors)
+
+    def _closing(self, handle):
+        """What only the last response carries."""
+        tensors = []
+        wants = self.options.wants
+        if wants("return_context_logits") and handle.context_logits is not None:
+            tensors.append(tensor("context_logits", [handle.context_logits], np.float32))
+        if wants("return_num_input_tokens"):
+            tensors.append(tensor("num_input_tokens", [[len(self.prompt)]], np.int32))
+        if wants("return_num_output_tokens"):
+            tensors.append(tensor("num_output_tokens", [[self.count]], np.int32))
+        if wants("return_perf_metrics"):
+            for name in ("arrival", "first_scheduled", "first_token", "last_token"):
+                tensors.append(tensor(f"{name}_time_ns", [[getattr(handle.times, f"{name}_ns")]], np.int64))
+        return tensors
+
+
+def tensor(name, values, dtype):
+    """A pb_utils.Tensor of exactly this dtype: the server does not check it."""
+    return pb_utils.Tensor(name, np.ascontiguousarray(np.asarray(values, dtype=dtype)))
