@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +16,7 @@ from .errors import ClosedError, EngineFileError, MissingRuntimeError, RequestEr
 from .manifest import Manifest, read_manifest
 from .manifest import verify_files as check_files
 from .request import RequestHandle, TokenEvent
-from .runner import Runner
+from .runner import Runner, Tokens
 from .sampling import SamplingParams
 from .scheduler import Scheduler
 from .text import TOKENIZER_NAME, TextStream, Tokenizer
@@ -41,6 +42,8 @@ class Engine:
         self.scheduler = Scheduler(runner, prefill_chunk=prefill_chunk, max_queue=max_queue)
         self._tokenizer = tokenizer
         self._closed = False
+        # Ends the scheduler's thread when an engine is dropped without close(), at the latest with the interpreter.
+        self._finalizer = weakref.finalize(self, self.scheduler.stop)
 
     def __enter__(self) -> Engine:
         return self
@@ -49,9 +52,9 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Stops the scheduler; requests that are not done fail. Calling it twice is harmless."""
+        """Stop the scheduler; requests that are not done are cancelled. Calling it twice is harmless."""
         self._closed = True
-        self.scheduler.stop()
+        self._finalizer()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -68,8 +71,8 @@ class Engine:
     def logits(self, input_ids: NDArray[np.int64], attention_mask: NDArray[Any] | None = None) -> NDArray[np.float32]:
         """Logits float32 [B, T, V] of int64 token ids [B, T].
 
-        The mask [B, T] is 1 for tokens and 0 for padding, which may be on the left or on the right of a row;
-        positions count from a row's first token, and padded places are 0.0. Raises RequestError.
+        The mask [B, T] is 1 for tokens and 0 for padding, on the left or on the right of a row. A token's position
+        is the count of tokens before it in its row, and padded places are 0.0. Raises RequestError.
         """
         ids = np.asarray(input_ids)
         if ids.ndim != 2 or ids.dtype.kind not in "iu" or 0 in ids.shape:
@@ -80,58 +83,68 @@ class Engine:
                 remedy="Give one row per sequence.",
             )
         mask = np.ones(ids.shape, bool) if attention_mask is None else _mask(attention_mask, ids.shape)
+        kept = [row for row in range(len(ids)) if mask[row].any()]
+        for row in kept:
+            self.scheduler.check_prompt(ids[row, mask[row]])
         out = np.zeros((*ids.shape, self.runner.vocab_size), np.float32)
         self._start()
         # A few at a time, so that no more rows of logits exist than there are slots.
-        for first in range(0, len(ids), self.runner.num_slots):
+        for first in range(0, len(kept), self.runner.num_slots):
             handles: list[RequestHandle] = []
-            rows = range(first, min(first + self.runner.num_slots, len(ids)))
+            rows = kept[first : first + self.runner.num_slots]
             try:
                 for row in rows:
                     handles.append(self.scheduler.score(ids[row, mask[row]]))
                 for row, handle in zip(rows, handles, strict=True):
-                    handle.result()
-                    out[row, mask[row]] = handle.context_logits
+                    out[row, mask[row]] = handle.result().context_logits
             finally:
                 _abandon(handles)
         return out
 
-    def submit(self, prompt: Sequence[int], max_new_tokens: int = 32, ignore_eos: bool = False, **sampling: Any) -> RequestHandle:
-        """Queues a request; `sampling` holds fields of SamplingParams. Raises RequestError, CapacityError."""
+    def submit(
+        self, prompt: Sequence[int] | Tokens, max_new_tokens: int = 32, ignore_eos: bool = False, **sampling: Any
+    ) -> RequestHandle:
+        """Queue a request; `sampling` holds options of SamplingParams. Raises RequestError, CapacityError."""
         self._start()
         return self.scheduler.submit(prompt, self.params(max_new_tokens, ignore_eos, **sampling))
 
     def params(self, max_new_tokens: int = 32, ignore_eos: bool = False, **sampling: Any) -> SamplingParams:
-        """SamplingParams with this model's end tokens, unless eos_token_ids is given."""
+        """SamplingParams with this model's end tokens, unless eos_token_ids is given. Raises RequestError."""
         sampling.setdefault("eos_token_ids", self.manifest.model.eos_token_ids)
-        try:
-            return SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=ignore_eos, **sampling)
-        except TypeError as error:
-            known = set(SamplingParams.__dataclass_fields__)
-            raise RequestError(
-                "sampling options", expected=", ".join(sorted(known)), found=", ".join(sorted(set(sampling) - known))
-            ) from error
+        return SamplingParams.from_options(max_new_tokens=max_new_tokens, ignore_eos=ignore_eos, **sampling)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 32, ignore_eos: bool = False, **sampling: Any
+        self,
+        prompts: Sequence[Sequence[int] | Tokens],
+        max_new_tokens: int = 32,
+        ignore_eos: bool = False,
+        **sampling: Any,
     ) -> list[list[int]]:
-        """Continues each prompt (token ids); returns the new tokens alone, an end token included."""
+        """Continue each prompt (token ids); returns the new tokens alone, an end token included.
+
+        All prompts are checked before the first is begun. Raises RequestError, CapacityError, RunnerError.
+        """
+        params = self.params(max_new_tokens, ignore_eos, **sampling)
+        checked = [self.scheduler.check(prompt, params) for prompt in prompts]
+        self._start()
         results: list[list[int]] = []
-        wave = self.scheduler.max_queue
-        for first in range(0, len(prompts), wave):
+        for first in range(0, len(checked), self.scheduler.max_queue):
             handles: list[RequestHandle] = []
             try:
-                for prompt in prompts[first : first + wave]:
-                    handles.append(self.submit(prompt, max_new_tokens, ignore_eos, **sampling))
-                results.extend([handle.result() for handle in handles])
+                for prompt in checked[first : first + self.scheduler.max_queue]:
+                    handles.append(self.scheduler.submit(prompt, params))
+                results.extend([handle.result().tokens for handle in handles])
             finally:
                 _abandon(handles)
         return results
 
     def stream(
-        self, prompt: Sequence[int], max_new_tokens: int = 32, ignore_eos: bool = False, **sampling: Any
+        self, prompt: Sequence[int] | Tokens, max_new_tokens: int = 32, ignore_eos: bool = False, **sampling: Any
     ) -> Iterator[TokenEvent]:
-        """TokenEvents of one prompt as they come; the request is submitted now, and cancelled if left early."""
+        """TokenEvents of one prompt as they come; the request is submitted now, and cancelled if left early.
+
+        Raises as `generate`: a bad request here and now, a failing runner while iterating.
+        """
         return _events(self.submit(prompt, max_new_tokens, ignore_eos, **sampling))
 
     def stream_text(
@@ -144,9 +157,11 @@ class Engine:
         **sampling: Any,
     ) -> Iterator[str]:
         """Pieces of the continuation's text, none of them empty; it ends before the first of the `stop` strings."""
-        stream = TextStream(self.tokenizer, stop)
-        handle = self.submit(self.tokenizer.encode(prompt), max_new_tokens, ignore_eos, **sampling)
-        return _pieces(handle, stream)
+        tokens = self.tokenizer.encode(prompt)
+        params = self.params(max_new_tokens, ignore_eos, **sampling)
+        stream = TextStream(self.tokenizer, stop, min_tokens=params.min_new_tokens)
+        self._start()
+        return _pieces(self.scheduler.submit(tokens, params), stream)
 
     def generate_text(
         self,
@@ -169,16 +184,15 @@ class Engine:
 def load_engine(path: str | Path, *, num_slots: int = 8, threads: int | None = None, verify_files: bool = True) -> Engine:
     """Loads an engine folder for `num_slots` sequences at a time.
 
-    threads: CPU threads of the runtime, None for its default. verify_files: compare every file's SHA-256 first.
-    Raises EngineFileError, MissingRuntimeError, RequestError (num_slots, threads).
+    threads: CPU threads of the runtime, None for its default. verify_files: compare every file's SHA-256 first
+    (without it, its size alone). Raises EngineFileError, MissingRuntimeError, RequestError (num_slots, threads).
     """
     for name, value in (("num_slots", num_slots), ("threads", 1 if threads is None else threads)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise RequestError(name, expected="an integer of at least 1", found=repr(value))
     folder = Path(path)
     manifest = read_manifest(folder)
-    if verify_files:
-        check_files(folder, manifest)
+    check_files(folder, manifest, digests=verify_files)
     tokenizer = Tokenizer.load(folder) if (folder / TOKENIZER_NAME).exists() else None
     return Engine(_runner(folder, manifest, num_slots, threads), manifest, tokenizer)
 
@@ -214,17 +228,7 @@ def _mask(attention_mask: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.bo
         raise RequestError(
             "attention_mask", expected=f"zeros and ones of shape {shape}", found=f"{mask.dtype} of shape {mask.shape}"
         )
-    mask = mask.astype(bool)
-    for row, line in enumerate(mask):
-        places = np.flatnonzero(line)
-        if places.size == 0 or places[-1] - places[0] + 1 != places.size:
-            raise RequestError(
-                f"attention_mask[{row}]",
-                expected="one unbroken run of ones",
-                found="no ones" if places.size == 0 else "a gap between ones",
-                remedy="Pad on one side, and leave out empty rows.",
-            )
-    return mask
+    return mask.astype(bool)
 
 
 def _events(handle: RequestHandle) -> Iterator[TokenEvent]:
@@ -237,9 +241,9 @@ def _events(handle: RequestHandle) -> Iterator[TokenEvent]:
 def _pieces(handle: RequestHandle, stream: TextStream) -> Iterator[str]:
     try:
         for event in handle:
-            piece = stream.push(event.token) if event.token >= 0 else ""
+            piece = stream.push(event.token) if event.has_token else ""
             if stream.stopped:
-                handle.cancel("stop")
+                handle.cancel()
             if piece:
                 yield piece
             if stream.stopped:

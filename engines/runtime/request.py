@@ -86,8 +86,10 @@ class RequestHandle:
         prompt: Tokens,
         params: SamplingParams,
         on_event: Callable[[TokenEvent], None] | None = None,
+        *,
+        read_only: bool = False,
     ) -> None:
-        self.prompt, self.params = prompt, params
+        self.prompt, self.params, self.read_only = prompt, params, read_only
         self.error: ServingError | None = None
         self._scheduler, self._on_event = scheduler, on_event
         self._changed = threading.Condition()

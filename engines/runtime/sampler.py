@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import RequestError, RunnerError
+from .request import FinishReason
 from .sampling import SamplingParams
 
 Row = NDArray[np.float32]
@@ -49,7 +50,7 @@ class Sampler:
         self._remember(token)
         return token, logprob
 
-    def finish_reason(self) -> str | None:
+    def finish_reason(self) -> FinishReason | None:
         """Why the output ends with the token chosen last: "eos", "stop", "length", or None when it does not."""
         params, output = self.params, self.output
         if output[-1] in params.eos_token_ids and not params.ignore_eos:
@@ -105,11 +106,11 @@ class Sampler:
         if np.isnan(logits).any() or np.isposinf(logits).any() or np.isneginf(logits).all():
             raise RunnerError(
                 "the model's logits are not numbers", expected="finite values", found="NaN or Inf",
-                remedy="check the engine with `verify`",
+                remedy="Verify the engine against its checkpoint.",
             )  # fmt: skip
         raise RequestError(
             "every token is forbidden", expected="at least one token left to choose",
-            remedy="shorten bad_sequences, or lower min_new_tokens",
+            remedy="Shorten bad_sequences, or lower min_new_tokens.",
         )  # fmt: skip
 
     def _remember(self, token: int) -> None:

@@ -1,37 +1,43 @@
-"""How one request is continued: validated options.
-
-Order of the steps: repetition penalty, presence and frequency penalties, bad sequences, minimum length,
-then (when sampling) temperature, top-k, top-p.
-"""
+"""How a request wants its tokens chosen: a validated, immutable record."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import RequestError
 
 TokenSequences = tuple[tuple[int, ...], ...]
+MAX_SEQUENCES = 4096
+"""More stop or bad sequences than this are refused: each costs time at every step."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request is continued. Raises RequestError on a bad value.
+    """Options of one request. Raises RequestError, naming the option, for a value that makes no sense.
 
-    max_new_tokens: most tokens to generate, at least 1; min_new_tokens: neither an end token is picked nor a
-        stop sequence obeyed before this many.
-    temperature, top_k, top_p: the choice is greedy (argmax) when temperature is 0, or top_k is 1, or none of
-        the three is given; otherwise it is sampled, with temperature 1 unless given. top_k 0: no limit. Tokens
-        that tie with the k-th stay. top_p keeps the fewest most likely tokens whose probability reaches it.
-    repetition_penalty: as in Hugging Face, over prompt and generated tokens (positive logits are divided,
-        negative ones multiplied); presence_penalty, frequency_penalty: as OpenAI defines them, over generated
-        tokens: logit - presence * (count > 0) - frequency * count.
-    stop_sequences: generation ends when the generated tokens end with one (it is part of the output);
-        bad_sequences: never completed, counted over prompt and generated tokens.
-    seed: 0..2**64-1; the same request with the same seed gives the same tokens whatever else is running.
-    eos_token_ids: generation ends at one of these (it is part of the output), unless ignore_eos.
-    logprobs: give each token's natural log-probability under the model's own logits, before the steps above.
-    return_context_logits, return_generation_logits: keep the logits of the prompt, of each generated token.
+    Greedy when ``temperature`` is 0, or ``top_k`` is 1, or none of temperature, top_k, top_p is given. Otherwise
+    penalties, then temperature, then top_k, then top_p apply in that order (as in Hugging Face), and a token is
+    drawn with a generator of the request's own, so that neighbours in the batch cannot change what it gets.
+
+    - ``repetition_penalty``: logits of tokens in prompt or output are divided by it when positive, multiplied
+      when negative (Hugging Face; CTRL paper). 1.0 is neutral.
+    - ``presence_penalty``, ``frequency_penalty``: subtracted once per distinct output token, and once per
+      occurrence in the output (OpenAI). The prompt does not count. 0.0 is neutral.
+    - ``min_new_tokens``: the first so many tokens cannot be eos tokens, and stop sequences do not stop before
+      so many are out.
+    - ``stop_sequences``: the request ends with "stop" when its output ends in one of these.
+    - ``bad_sequences``: the last token of each is impossible when it would complete the sequence; a sequence may
+      begin in the prompt.
+    - ``top_k`` 0 means no limit; tokens that tie with the k-th stay. ``seed`` None draws one from the system.
+    - ``logprobs``: report each token's natural-log probability under the model itself, before penalties,
+      temperature and truncation.
+    - ``return_context_logits``, ``return_generation_logits``: keep the model's own logits of every prompt
+      position, and those each output token was chosen from.
     """
 
     max_new_tokens: int = 32
@@ -52,79 +58,114 @@ class SamplingParams:
     return_generation_logits: bool = False
 
     def __post_init__(self) -> None:
-        _integer("max_new_tokens", self.max_new_tokens, 1, None)
-        _integer("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens)
-        if self.temperature is not None:
-            _number("temperature", self.temperature, low=0.0)
-        if self.top_k is not None:
-            _integer("top_k", self.top_k, 0, None)
-        if self.top_p is not None:
-            _number("top_p", self.top_p, above=0.0, high=1.0)
-        _number("repetition_penalty", self.repetition_penalty, above=0.0)
-        _number("presence_penalty", self.presence_penalty)
-        _number("frequency_penalty", self.frequency_penalty)
-        if self.seed is not None:
-            _integer("seed", self.seed, 0, 2**64 - 1)
+        for name in ("max_new_tokens", "min_new_tokens", "top_k", "seed"):
+            self._set(name, _integer(name, getattr(self, name), optional=name in ("top_k", "seed")))
+        for name in ("temperature", "top_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            self._set(name, _number(name, getattr(self, name), optional=name in ("temperature", "top_p")))
         for name in ("ignore_eos", "logprobs", "return_context_logits", "return_generation_logits"):
-            if not isinstance(getattr(self, name), bool):
-                raise _bad(name, "true or false", getattr(self, name))
+            self._set(name, _boolean(name, getattr(self, name)))
         for name in ("stop_sequences", "bad_sequences"):
-            object.__setattr__(self, name, _sequences(name, getattr(self, name)))
-        object.__setattr__(self, "eos_token_ids", _tokens("eos_token_ids", self.eos_token_ids))
+            self._set(name, _sequences(name, getattr(self, name)))
+        self._set("eos_token_ids", _token_ids("eos_token_ids", self.eos_token_ids))
+
+        most = self.max_new_tokens
+        _check("max_new_tokens", most, most > 0, "at least 1")
+        _check("min_new_tokens", self.min_new_tokens, self.min_new_tokens >= 0, "at least 0")
+        _check("min_new_tokens", self.min_new_tokens, self.min_new_tokens <= most, f"at most max_new_tokens ({most})")
+        _check("temperature", self.temperature, self.temperature is None or self.temperature >= 0, "at least 0")
+        _check("top_k", self.top_k, self.top_k is None or self.top_k >= 0, "at least 0 (0 is no limit)")
+        _check("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1")
+        _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0 (1 is neutral)")
+        _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**64, "an unsigned 64-bit integer")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is taken rather than a sampled one."""
-        given = (self.temperature, self.top_k, self.top_p)
-        return self.temperature == 0 or self.top_k == 1 or all(value is None for value in given)
+        """Whether the most probable token is always taken."""
+        given = (self.temperature, self.top_k, self.top_p) != (None, None, None)
+        return not given or self.temperature == 0 or self.top_k == 1
+
+    @classmethod
+    def option_names(cls) -> tuple[str, ...]:
+        """Names of all options."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    @classmethod
+    def from_options(cls, **options: Any) -> SamplingParams:
+        """Like the constructor, but an option that does not exist is a RequestError naming it."""
+        unknown = sorted(set(options) - set(cls.option_names()))
+        if unknown:
+            raise RequestError(
+                f"unsupported option {', '.join(unknown)}", expected=f"some of {', '.join(cls.option_names())}",
+                remedy="Leave it out.",
+            )  # fmt: skip
+        return cls(**options)
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises RequestError unless every token id of these options is below `vocab_size`."""
+        """Raise RequestError when an option names a token id the model does not have."""
         named = [("eos_token_ids", self.eos_token_ids)]
-        named += [(name, s) for name in ("stop_sequences", "bad_sequences") for s in getattr(self, name)]
+        named += [("stop_sequences", sequence) for sequence in self.stop_sequences]
+        named += [("bad_sequences", sequence) for sequence in self.bad_sequences]
         for name, tokens in named:
-            for token in tokens:
-                if not 0 <= token < vocab_size:
-                    raise RequestError(
-                        name,
-                        expected=f"token ids in 0..{vocab_size - 1}",
-                        found=str(token),
-                        remedy="Use the tokenizer that belongs to this model.",
-                    )
+            worst = max(tokens, default=0)
+            _check(name, worst, worst < vocab_size, f"token ids below {vocab_size}")
 
 
-def _bad(name: str, expected: str, found: object) -> RequestError:
-    return RequestError(name, expected=expected, found=repr(found)[:200], remedy="Correct the request.")
+def _check(name: str, value: object, holds: bool, expected: str) -> None:
+    if not holds:
+        raise RequestError(f"{name} is out of range", expected=expected, found=str(value))
 
 
-def _integer(name: str, value: object, low: int, high: int | None) -> None:
-    limits = f"an integer of at least {low}" if high is None else f"an integer in {low}..{high}"
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        raise _bad(name, limits, value)
+def _integer(name: str, value: Any, *, optional: bool) -> int | None:
+    if value is None and optional:
+        return None
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise RequestError(f"{name} is not an integer", expected="an integer", found=_shown(value)) from None
 
 
-def _number(name: str, value: object, *, low: float = -math.inf, above: float = -math.inf, high: float = math.inf) -> None:
-    wanted = "a finite number"
-    if above > -math.inf or low > -math.inf:
-        wanted += f" above {above}" if above > -math.inf else f" of at least {low}"
-    if high < math.inf:
-        wanted += f" and at most {high}"
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise _bad(name, wanted, value)
-    if value < low or value <= above or value > high:
-        raise _bad(name, wanted, value)
+def _number(name: str, value: Any, *, optional: bool) -> float | None:
+    if value is None and optional:
+        return None
+    try:
+        if isinstance(value, bool | str | bytes):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise RequestError(f"{name} is not a number", expected="a number", found=_shown(value)) from None
+    _check(name, value, math.isfinite(number), "a finite number")
+    return number
 
 
-def _tokens(name: str, value: object) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(t, int) and not isinstance(t, bool) for t in value):
-        raise _bad(name, "a list of integer token ids", value)
-    return tuple(value)
+def _boolean(name: str, value: Any) -> bool:
+    # numpy's bool is not a bool, but says what it is through its dtype.
+    if isinstance(value, bool) or getattr(getattr(value, "dtype", None), "kind", "") == "b":
+        return bool(value)
+    raise RequestError(f"{name} is not a boolean", expected="True or False", found=_shown(value))
 
 
-def _sequences(name: str, value: object) -> TokenSequences:
-    if not isinstance(value, list | tuple):
-        raise _bad(name, "a list of token id lists", value)
-    result = tuple(_tokens(name, item) for item in value)
-    if any(not item for item in result):
-        raise _bad(name, "sequences of at least one token", value)
-    return result
+def _token_ids(name: str, value: Any) -> tuple[int, ...]:
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise RequestError(f"{name} is not a list of token ids", expected="token ids", found=_shown(value))
+    tokens = tuple(_integer(f"a token id in {name}", token, optional=False) or 0 for token in value)
+    lowest = min(tokens, default=0)
+    _check(name, lowest, lowest >= 0, "token ids of at least 0")
+    return tokens
+
+
+def _sequences(name: str, value: Any) -> TokenSequences:
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise RequestError(f"{name} is not a list of token sequences", expected="lists of token ids", found=_shown(value))
+    sequences = tuple(_token_ids(name, sequence) for sequence in value)
+    _check(name, "an empty sequence", all(sequences), "sequences of at least one token")
+    _check(name, f"{len(sequences)} sequences", len(sequences) <= MAX_SEQUENCES, f"at most {MAX_SEQUENCES}")
+    return sequences
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:200]

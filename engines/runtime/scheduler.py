@@ -113,19 +113,20 @@ class Scheduler:
     def score(self, prompt: Sequence[int] | Tokens) -> RequestHandle:
         """Queue a prompt to be read only: `context_logits` float32 [T, V], no new tokens. Raises as `submit`."""
         params = SamplingParams(max_new_tokens=1, return_context_logits=True)
-        return self._enqueue(RequestHandle(self, self._check_prompt(prompt, 0), params, read_only=True))
+        return self._enqueue(RequestHandle(self, self.check_prompt(prompt), params, read_only=True))
 
     def check(self, prompt: Sequence[int] | Tokens, params: SamplingParams) -> Tokens:
         """The prompt as int64 [T]. Raises RequestError when `submit` would refuse it for what it is."""
         try:
             params.check_vocabulary(self.runner.vocab_size)
-            return self._check_prompt(prompt, params.max_new_tokens)
+            return self.check_prompt(prompt, params.max_new_tokens)
         except RequestError:
             with self._state:
                 self._count.rejected += 1
             raise
 
-    def _check_prompt(self, prompt: Sequence[int] | Tokens, new_tokens: int) -> Tokens:
+    def check_prompt(self, prompt: Sequence[int] | Tokens, new_tokens: int = 0) -> Tokens:
+        """The prompt as int64 [T]. Raises RequestError unless it and `new_tokens` more fit this model."""
         tokens = as_tokens(prompt, self.runner.vocab_size)
         limit = self.runner.max_length
         if len(tokens) + min(new_tokens, 1) > limit:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,9 +23,11 @@ class Tokenizer:
 
     def __init__(self, raw: RawTokenizer) -> None:
         self.raw = raw
+        # A file may have been saved with either on; a prompt must be encoded whole and as it is.
+        raw.no_truncation()
+        raw.no_padding()
         # A ByteFallback decoder reads a run of <0xNN> tokens as a whole, so a later one can undo an earlier one.
-        decoder = json.loads(raw.to_str()).get("decoder")
-        self._byte_runs = "ByteFallback" in json.dumps(decoder)
+        self._byte_runs = raw.decoder is not None and b"ByteFallback" in bytes(raw.decoder.__getstate__())
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -84,24 +85,28 @@ class Tokenizer:
 
 
 class StopStrings:
-    """Cuts a stream of text before the first stop string, holding back what may be the start of one."""
+    """Cuts a stream of text before the first stop string, holding back what may be the start of one.
+
+    The first is the one that is complete first, so how the text is cut into pieces makes no difference.
+    """
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
         if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
             raise RequestError("stop", expected="a list of texts that are not empty", found=repr(stop)[:200])
         self._stop = tuple(stop)
         self._held = ""
-        self.stopped = False
+        self.matched: str | None = None
 
     def push(self, text: str) -> str:
         """The part of the text that is certainly before any stop string."""
-        if self.stopped:
+        if self.matched is not None:
             return ""
         text = self._held + text
-        found = [at for at in (text.find(s) for s in self._stop) if at >= 0]
+        found = [(at + len(s), at, s) for s in self._stop if (at := text.find(s)) >= 0]
         if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
+            _, at, self.matched = min(found)
+            self._held = ""
+            return text[:at]
         keep = max((_overlap(text, s) for s in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
@@ -113,52 +118,72 @@ class StopStrings:
 
 
 class TextStream:
-    """Tokens in, text out. All that push() and flush() return together is decode(all tokens).
+    """Tokens in, text out: all that push() and flush() return together is decode(all tokens).
 
     No piece ends inside a character, and a leading space that a decoder drops only at the start is kept
     elsewhere, for each token is decoded with the ones before it. With `stop`, the text ends before the first stop
-    string and `stopped` becomes true.
+    string and `stopped` becomes true; the text of the first `min_tokens` tokens is not searched.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        *,
+        min_tokens: int = 0,
+        skip_special_tokens: bool = True,
+    ) -> None:
         self._tokenizer = tokenizer
         self._stops = StopStrings(stop)
         self._skip = skip_special_tokens
-        self._tokens: list[int] = []
-        self._start = 0  # first token of the window that is decoded for each push
-        self._done = 0  # tokens whose text has been given out
-        self._given = ""
+        self._unsearched = min_tokens
+        # A short window is decoded at each push: tokens whose text is out already, then those still to be told.
+        self._window: list[int] = []
+        self._settled = 0
+        self._given = 0  # characters of the window's text that are out
 
     @property
     def stopped(self) -> bool:
         """Whether a stop string was met."""
-        return self._stops.stopped
+        return self._stops.matched is not None
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that was met."""
+        return self._stops.matched
 
     def push(self, token: int) -> str:
-        """Adds a token and returns the text that became certain with it (often one word, sometimes nothing)."""
-        self._tokens.append(token)
-        if self._tokenizer.may_change(token):
-            return ""
-        before = self._decode(self._tokens[self._start : self._done])
-        now = self._decode(self._tokens[self._start :])
-        if now.endswith(_UNFINISHED) or len(now) <= len(before) or not now.startswith(before):
-            return ""
-        piece = now[len(before) :]
-        self._start, self._done = self._done, len(self._tokens)
-        self._given += piece
-        return self._stops.push(piece)
+        """Add a token; returns the text that became certain with it (often one word, sometimes nothing)."""
+        self._window.append(token)
+        text = self._tokenizer.decode(self._window, skip_special_tokens=self._skip)
+        piece = ""
+        if not self._tokenizer.may_change(token):
+            # Bytes that end in the middle of a character show as one replacement character, the last.
+            unfinished = text.endswith(_UNFINISHED)
+            certain = len(text) - unfinished
+            piece = text[self._given : certain]
+            self._given = max(self._given, certain)
+            if not unfinished and piece:
+                self._slide()
+        return self._search(piece)
 
     def flush(self) -> str:
         """The rest of the text, when no more tokens come."""
-        whole = self._decode(self._tokens)
-        rest = whole[len(self._given) :] if whole.startswith(self._given) else ""
-        self._given += rest
-        self._start = self._done = len(self._tokens)
-        out = self._stops.push(rest)
-        return out + self._stops.flush()
+        text = self._tokenizer.decode(self._window, skip_special_tokens=self._skip)
+        piece, self._given = text[self._given :], len(text)
+        self._unsearched = min(self._unsearched, 0)
+        return self._search(piece) + self._stops.flush()
 
-    def _decode(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=self._skip)
+    def _slide(self) -> None:
+        """Leave in the window only what was added since the last slide: it ends with a whole character, and gives
+        the next token the context its text depends on."""
+        self._window = self._window[self._settled :]
+        self._settled = len(self._window)
+        self._given = len(self._tokenizer.decode(self._window, skip_special_tokens=self._skip))
+
+    def _search(self, piece: str) -> str:
+        self._unsearched -= 1
+        return piece if self._unsearched >= 0 else self._stops.push(piece)
 
 
 def _overlap(text: str, stop: str) -> int:
