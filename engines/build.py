@@ -97,9 +97,7 @@ def export_graph(
         ir.save(model, path, external_data=path.name + ".data", size_threshold_bytes=1024, callback=step)
 
 
-def verify_folder(
-    folder: Path, checkpoint: Checkpoint, *, decode_steps: int = 64, report: Path | None = None
-) -> dict[str, Any]:
+def verify_folder(folder: Path, checkpoint: Checkpoint, *, decode_steps: int = 64, report: Path | None = None) -> dict[str, Any]:
     """Parity of the engine in `folder` with its checkpoint: writes parity.json and parity.html to `report` (default: the
     engine's folder) and returns the summary with the verdict."""
     from engines.parity.verify import PARITY_SLOTS, verify

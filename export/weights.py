@@ -55,7 +55,7 @@ class DeployedWeights:
             elif name.endswith("mlp.down.bias"):
                 value = value * np.float32(self._branch**2)
         if self._replace is not None and name.endswith(".weight"):
-            value = self._replace(name, value)
+            return self._replace(name, value)
         return value
 
 
@@ -78,7 +78,8 @@ def position_diagonal(spec: NGPTSpec) -> Array:
     angles = np.arange(spec.max_length, dtype=np.float64)[:, None] * np.asarray(spec.inv_freq)[None, :]
     table = np.stack((np.sin(angles), np.cos(angles)), axis=-1).reshape(spec.max_length, -1)
     half = table.shape[1] // 2
-    return np.stack((table[:, half:], table[:, :half]), axis=-1).reshape(spec.max_length, -1).astype(np.float32)
+    diagonal: Array = np.stack((table[:, half:], table[:, :half]), axis=-1).reshape(spec.max_length, -1).astype(np.float32)
+    return diagonal
 
 
 def inverse_root(size: int) -> float:

@@ -77,16 +77,19 @@ class NGPTConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         super().__post_init__(**kwargs)
 
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """(query heads, key heads, channels per head), once the two that may be null have been filled in."""
+        assert self.num_key_value_heads is not None and self.head_dim is not None
+        return self.num_attention_heads, self.num_key_value_heads, self.head_dim
+
     def validate_architecture(self) -> None:
         """Refuse values that contradict one another; called by transformers when a config is made."""
-        assert self.num_key_value_heads is not None and self.head_dim is not None
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
-                f"num_key_value_heads ({self.num_key_value_heads})"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for a rotary position code, found {self.head_dim}")
+        heads, keys, channels = self.heads
+        if heads % keys:
+            raise ValueError(f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({keys})")
+        if channels % 2:
+            raise ValueError(f"head_dim must be even for a rotary position code, found {channels}")
         if self.initializer_range == 0 or self.suv_init_scaling == 0:
             raise ValueError("initializer_range and suv_init_scaling divide in the forward and must not be 0")
         if self.position_code not in POSITION_CODES:

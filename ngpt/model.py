@@ -45,7 +45,7 @@ def hypersphere_update(h: Tensor, x: Tensor, rate: Tensor, eps: float = 0.0) -> 
 def _scales(size: int, constant: float) -> nn.Linear:
     """A trained scale per channel, stored as [size, 1] like the published checkpoints; all start at `constant`."""
     scales = nn.Linear(1, size, bias=False)
-    scales._initial_constant = constant
+    scales._initial_constant = constant  # type: ignore[assignment]
     return scales
 
 
@@ -60,7 +60,8 @@ class NGPTRotaryEmbedding(nn.Module):
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
         self.rope_type = (config.rope_parameters or {}).get("rope_type", "default")
         build = self.default_frequencies if self.rope_type == "default" else ROPE_INIT_FUNCTIONS[self.rope_type]
-        inv_freq, self.attention_scaling = build(config)
+        inv_freq, attention_scaling = build(config)
+        self.attention_scaling: float = attention_scaling
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
@@ -68,7 +69,7 @@ class NGPTRotaryEmbedding(nn.Module):
     def default_frequencies(config: NGPTConfig, device: Any = None, **_: Any) -> tuple[Tensor, float]:
         """theta ** (-2i / R) for the R = int(D * partial_rotary_factor) rotated channels: float32 [R / 2]."""
         parameters = config.rope_parameters or {}
-        rotated = int(config.head_dim * parameters.get("partial_rotary_factor", 1.0))
+        rotated = int(config.heads[2] * parameters.get("partial_rotary_factor", 1.0))
         exponents = torch.arange(0, rotated, 2, dtype=torch.float32, device=device) / rotated
         return 1.0 / (parameters.get("rope_theta", config.default_theta) ** exponents), 1.0
 
@@ -91,7 +92,7 @@ class ResearchPositionCode(nn.Module):
 
     def __init__(self, config: NGPTConfig) -> None:
         super().__init__()
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        exponents = torch.arange(0, config.heads[2], 2, dtype=torch.float32) / config.heads[2]
         self.register_buffer("inv_freq", 10000.0**-exponents, persistent=False)
 
     @torch.no_grad()
@@ -145,13 +146,13 @@ class NGPTAttention(nn.Module):
     def __init__(self, config: NGPTConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        heads, key_heads, self.head_dim = config.heads
+        self.num_key_value_groups = heads // key_heads
         self.scaling = math.sqrt(self.head_dim)  # multiplies: the dot product of unit vectors has variance 1/D
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
         self.rotate = rotate_half if config.position_code == "rope" else rotate_research
-        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        queries, keys = heads * self.head_dim, key_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
@@ -266,7 +267,7 @@ class NGPTPreTrainedModel(PreTrainedModel):
             init.copy_(module.inv_freq, inv_freq)
             init.copy_(module.original_inv_freq, inv_freq)
         elif isinstance(module, ResearchPositionCode):
-            exponents = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32) / self.config.head_dim
+            exponents = torch.arange(0, self.config.heads[2], 2, dtype=torch.float32) / self.config.heads[2]
             init.copy_(module.inv_freq, 10000.0**-exponents)
 
 
@@ -278,7 +279,8 @@ class NGPTModel(NGPTPreTrainedModel):
         self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([NGPTDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        for layer in self.layers:
+        layers: Any = self.layers
+        for layer in layers:
             layer.self_attn.o_proj._unit_columns = layer.mlp.down_proj._unit_columns = True
         self.rotary_emb = (NGPTRotaryEmbedding if config.position_code == "rope" else ResearchPositionCode)(config)
         self.gradient_checkpointing = False

@@ -1,6 +1,7 @@
 """What nGPT's training recipe adds to an ordinary loop (paper section 2.6): matrices go back to the hypersphere."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ def unit_matrices(model: NGPTForCausalLM) -> Iterator[tuple[Tensor, int]]:
     yield model.model.embed_tokens.weight, 1
     if not model.config.tie_word_embeddings:
         yield model.lm_head.weight, 1
-    for layer in model.model.layers:
+    layers: Any = model.model.layers
+    for layer in layers:
         attention, mlp = layer.self_attn, layer.mlp
         for linear in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.up_proj, mlp.gate_proj):
             if linear is not None:

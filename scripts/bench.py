@@ -112,7 +112,7 @@ def run(checkpoint: Path, rounds: int) -> list[dict[str, Any]]:
             for process in processes.values():
                 process.kill()
                 process.wait()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, measured in times.items():
         prefill = statistics.median(t[0] for t in measured[1:])
         decode = statistics.median(t[1] - t[0] for t in measured[1:]) / (NEW_TOKENS - 1)

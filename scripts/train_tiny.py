@@ -38,7 +38,8 @@ SKIP = {"site-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3",
 def corpus() -> tuple[list[str], list[str]]:
     """Texts of the standard library for training and, one in twenty by hash of the relative name, held out."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    train, held_out = [], []
+    train: list[str] = []
+    held_out: list[str] = []
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if SKIP & set(relative.parts) or path.stat().st_size < 200:

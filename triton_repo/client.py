@@ -193,7 +193,9 @@ def _stream(grpcclient: Any, url: str) -> Iterator[tuple[Any, queue.Queue[tuple[
     answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
     finished = False
     try:
-        client.start_stream(lambda result, error: answers.put((result, error)))
+        # With this header a refusal keeps its gRPC status; without it a stream reports the text alone.
+        headers = {"triton_grpc_error": "true"}
+        client.start_stream(lambda result, error: answers.put((result, error)), headers=headers)
         yield client, answers
         finished = True
     finally:

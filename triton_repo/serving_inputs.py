@@ -111,7 +111,8 @@ def parse_options(inputs: Inputs, names: Mapping[str, str], vocab_size: int) -> 
         require(option, given.get(option, 1) in (0, 1), "1", "Beam search and several sequences are not supported.")
     require("length_penalty", given.get("length_penalty", 0.0) in (0.0, 1.0), "0 or 1", "It is for beam search only.")
     require("end_id", -1 <= given.get("end_id", -1) < vocab_size, f"a token id below {vocab_size}, or -1 for none")
-    require("min_tokens", given.get("min_tokens", 0) >= 0, "0 or more")
+    most = given["max_tokens"]
+    require("min_tokens", 0 <= given.get("min_tokens", 0) <= most, f"0 to {names['max_tokens']} ({most})")
     require("top_k", given.get("top_k", 0) >= 0, "0 or more")
     require("top_p", 0.0 <= given.get("top_p", 0.0) <= 1.0, "0 to 1")
     require("temperature", given.get("temperature", 1.0) >= 0.0, "0 or more")
@@ -164,10 +165,15 @@ def check_ids(name: str, ids: Sequence[int], vocab_size: int) -> list[int]:
     return list(ids)
 
 
-def check_room(name: str, prompt: int, max_length: int) -> None:
-    """A prompt must leave room for one new token. Raises InputError."""
+def check_room(name: str, prompt: int, new_name: str, new: int, max_length: int) -> None:
+    """Prompt and new tokens must fit the cache together. ``name``, ``new_name``: the tensors to blame. Raises InputError."""
     if prompt >= max_length:
         raise InputError(f"{name}: the prompt is too long: expected at most {max_length - 1} tokens, found {prompt}. Shorten it.")
+    if prompt + new > max_length:
+        raise InputError(
+            f"{new_name}: expected at most {max_length - prompt} after a prompt of {prompt} tokens, found {new}. "
+            f"The engine holds {max_length} tokens."
+        )
 
 
 def text_of(inputs: Inputs, name: str) -> str:

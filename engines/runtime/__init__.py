@@ -12,10 +12,11 @@ from .errors import (
     ServingError,
 )
 from .manifest import FileEntry, Manifest, ModelInfo, TargetInfo, read_manifest, verify_files, write_manifest
-from .request import RequestHandle, TokenEvent
+from .request import RequestHandle, Result, Times, TokenEvent
 from .runner import Runner
 from .sampling import SamplingParams
-from .scheduler import Scheduler, Stats
+from .scheduler import Scheduler
+from .stats import Stats
 from .text import TextStream, Tokenizer
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "ModelInfo",
     "RequestError",
     "RequestHandle",
+    "Result",
     "Runner",
     "RunnerError",
     "SamplingParams",
@@ -38,6 +40,7 @@ __all__ = [
     "ServingError",
     "TargetInfo",
     "TextStream",
+    "Times",
     "TokenEvent",
     "Tokenizer",
     "load_engine",

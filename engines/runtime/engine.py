@@ -105,8 +105,7 @@ class Engine:
         self, prompt: Sequence[int] | Tokens, max_new_tokens: int = 32, ignore_eos: bool = False, **sampling: Any
     ) -> RequestHandle:
         """Queue a request; `sampling` holds options of SamplingParams. Raises RequestError, CapacityError."""
-        self._start()
-        return self.scheduler.submit(prompt, self.params(max_new_tokens, ignore_eos, **sampling))
+        return self._submit(prompt, self.params(max_new_tokens, ignore_eos, **sampling))
 
     def params(self, max_new_tokens: int = 32, ignore_eos: bool = False, **sampling: Any) -> SamplingParams:
         """SamplingParams with this model's end tokens, unless eos_token_ids is given. Raises RequestError."""
@@ -160,8 +159,7 @@ class Engine:
         tokens = self.tokenizer.encode(prompt)
         params = self.params(max_new_tokens, ignore_eos, **sampling)
         stream = TextStream(self.tokenizer, stop, min_tokens=params.min_new_tokens)
-        self._start()
-        return _pieces(self.scheduler.submit(tokens, params), stream)
+        return _pieces(self._submit(tokens, params), stream)
 
     def generate_text(
         self,
@@ -174,6 +172,12 @@ class Engine:
     ) -> str:
         """The continuation of a text, without the prompt and without special tokens."""
         return "".join(self.stream_text(prompt, max_new_tokens, stop=stop, ignore_eos=ignore_eos, **sampling))
+
+    def _submit(self, prompt: Sequence[int] | Tokens, params: SamplingParams) -> RequestHandle:
+        self._start()
+        handle = self.scheduler.submit(prompt, params)
+        handle.owner = self
+        return handle
 
     def _start(self) -> None:
         if self._closed:

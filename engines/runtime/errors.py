@@ -21,7 +21,7 @@ class ServingError(Exception):
 
     def __init__(self, what: str, *, expected: str = "", found: str = "", remedy: str = "") -> None:
         self.what, self.expected, self.found, self.remedy = what, expected, found, remedy
-        super().__init__(what, expected, found, remedy)
+        super().__init__(what)
 
     def __str__(self) -> str:
         details = [f"expected {self.expected}"] if self.expected else []

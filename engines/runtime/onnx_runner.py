@@ -79,7 +79,8 @@ class OnnxRunner:
             np.arange(start, total, dtype=np.int64)[None],
         )
         self._lengths[row] = total
-        return logits[0] if all_logits else logits[0, -1]
+        wanted: Logits = logits[0] if all_logits else logits[0, -1]
+        return wanted
 
     def decode(self, slots: Sequence[int], tokens: NDArray[np.int64]) -> Logits:
         """Append one token to each slot: logits [n, V]. Raises CapacityError past max_length."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .scheduler import Scheduler
 
 FinishReason = Literal["eos", "stop", "length", "cancelled", "error"]
+CancelReason = Literal["cancelled", "stop"]
 NO_TOKEN = -1
 """The `token` of an event that only says how a request ended."""
 
@@ -91,12 +92,14 @@ class RequestHandle:
     ) -> None:
         self.prompt, self.params, self.read_only = prompt, params, read_only
         self.error: ServingError | None = None
+        self.owner: object = None  # kept alive as long as the handle: an engine stops when nothing refers to it
         self._scheduler, self._on_event = scheduler, on_event
         self._changed = threading.Condition()
         self._events: list[TokenEvent] = []
         self._context: list[Logits] = []
         self._arrival, self._scheduled, self._first, self._last = time.monotonic_ns(), 0, 0, 0
-        self._cancelled = self._done = False
+        self._cancelled: CancelReason | None = None
+        self._done = False
 
     # The caller's side.
 
@@ -108,10 +111,15 @@ class RequestHandle:
         if self.error is not None:
             raise self.error
 
-    def cancel(self) -> None:
-        """Ask for the request to end. Its slot is free after the scheduler's next step; may be called at any time."""
-        self._cancelled = True
-        self._scheduler.wake()
+    def cancel(self, reason: CancelReason = "cancelled") -> None:
+        """Ask for the request to end, at any time and any number of times.
+
+        Its slot is free on return, or, when a step is under way just now, before the next one. `reason` "stop" is
+        for a caller that has all it wanted (a stop string in the text): the request then counts as completed.
+        """
+        if not self._done:
+            self._cancelled = self._cancelled or reason
+            self._scheduler.wake()
 
     def result(self, timeout: float | None = None) -> Result:
         """Wait until the request is done.
@@ -199,8 +207,8 @@ class RequestHandle:
     # The scheduler's side.
 
     @property
-    def cancel_requested(self) -> bool:
-        """Whether `cancel` was called."""
+    def cancel_reason(self) -> CancelReason | None:
+        """Why `cancel` was called, or None when it was not."""
         return self._cancelled
 
     def mark_scheduled(self) -> None:

@@ -6,36 +6,19 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import CapacityError, ClosedError, RequestError, RunnerError, ServingError
-from .request import RequestHandle, TokenEvent
+from .checks import as_serving_error, as_tokens, check_room, check_shape
+from .errors import CapacityError, ClosedError, RequestError, ServingError
+from .request import FinishReason, RequestHandle, TokenEvent
 from .runner import Logits, Runner, Tokens
 from .sampler import Sampler
 from .sampling import SamplingParams
+from .stats import Counters, Stats
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Gauges of this moment, then counters since the scheduler was made (names ending in ``_total``)."""
-
-    queued: int
-    active: int
-    slots: int
-    free_slots: int
-    requests_total: int
-    rejected_total: int
-    completed_total: int
-    cancelled_total: int
-    failed_total: int
-    prompt_tokens_total: int
-    generated_tokens_total: int
-    steps_total: int
 
 
 @dataclass(eq=False)
@@ -48,23 +31,6 @@ class _Active:
     read: int = 0
     next_token: int | None = None
     """The token chosen last, which the next decode feeds; None while the prompt is being read."""
-
-
-@dataclass
-class _Counters:
-    requests: int = 0
-    rejected: int = 0
-    completed: int = 0
-    cancelled: int = 0
-    failed: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    steps: int = 0
-    by_reason: dict[str, str] = field(default_factory=lambda: {"cancelled": "cancelled", "error": "failed"})
-
-    def finish(self, reason: str) -> None:
-        name = self.by_reason.get(reason, "completed")
-        setattr(self, name, getattr(self, name) + 1)
 
 
 class Scheduler:
@@ -86,12 +52,12 @@ class Scheduler:
         self.prefill_chunk, self.max_queue = prefill_chunk, max_queue
         self._queue: deque[RequestHandle] = deque()
         self._active: list[_Active] = []
-        self._count = _Counters()
+        self._count = Counters()
         # _state guards the queue, the flags and the counters, briefly; _stepping is held for a whole step.
         self._state = threading.Condition()
         self._stepping = threading.RLock()
         self._thread: threading.Thread | None = None
-        self._stopping = self._closed = self._woken = False
+        self._stopping = self._closed = self._in_step = False
 
     # Requests.
 
@@ -102,7 +68,8 @@ class Scheduler:
         *,
         on_event: Callable[[TokenEvent], None] | None = None,
     ) -> RequestHandle:
-        """Queue a request. `on_event` is called with every event in the scheduler's thread, and must be quick.
+        """Queue a request. `on_event` is called with every event by whichever thread steps or cancels: it must be
+        quick, and must not wait for a request.
 
         Raises RequestError for a prompt or options this model cannot serve, CapacityError when `max_queue`
         requests wait already, ClosedError after `stop`.
@@ -128,29 +95,18 @@ class Scheduler:
     def check_prompt(self, prompt: Sequence[int] | Tokens, new_tokens: int = 0) -> Tokens:
         """The prompt as int64 [T]. Raises RequestError unless it and `new_tokens` more fit this model."""
         tokens = as_tokens(prompt, self.runner.vocab_size)
-        limit = self.runner.max_length
-        if len(tokens) + min(new_tokens, 1) > limit:
-            raise RequestError(
-                "the prompt is too long", expected=f"at most {limit - min(new_tokens, 1)} tokens",
-                found=f"{len(tokens)}", remedy="shorten it",
-            )  # fmt: skip
-        if len(tokens) + new_tokens > limit:
-            raise RequestError(
-                "prompt and new tokens together do not fit the engine", expected=f"at most {limit} tokens",
-                found=f"{len(tokens)} + {new_tokens}",
-                remedy=f"shorten the prompt, or ask for at most {limit - len(tokens)} new tokens",
-            )  # fmt: skip
+        check_room(len(tokens), new_tokens, self.runner.max_length)
         return tokens
 
     def _enqueue(self, handle: RequestHandle) -> RequestHandle:
         with self._state:
             if self._closed:
-                raise ClosedError("the scheduler was stopped", remedy="load the engine again")
+                raise ClosedError("the scheduler was stopped", remedy="Load the engine again.")
             if len(self._queue) >= self.max_queue:
                 self._count.rejected += 1
                 raise CapacityError(
                     "the queue is full", expected=f"fewer than {self.max_queue} waiting requests",
-                    found=str(len(self._queue)), remedy="try again later",
+                    found=str(len(self._queue)), remedy="Try again later.",
                 )  # fmt: skip
             self._count.requests += 1
             self._queue.append(handle)
@@ -169,7 +125,7 @@ class Scheduler:
         """Step in a thread while there is work. Raises ClosedError after `stop`; a second call does nothing."""
         with self._state:
             if self._closed:
-                raise ClosedError("the scheduler was stopped", remedy="make a new one")
+                raise ClosedError("the scheduler was stopped", remedy="Make a new one.")
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
                 self._thread.start()
@@ -190,19 +146,21 @@ class Scheduler:
         self._end_all("cancelled", None)
 
     def wake(self) -> None:
-        """Make a waiting thread look at its requests again."""
-        with self._state:
-            self._woken = True
-            self._state.notify_all()
+        """Drop cancelled requests now, unless a step is under way: the next one drops them first thing."""
+        if self._stepping.acquire(blocking=False):
+            try:
+                if not self._in_step:
+                    self._drop_cancelled()
+            finally:
+                self._stepping.release()
 
     def _run(self) -> None:
         try:
             while True:
                 with self._state:
-                    self._state.wait_for(lambda: self._stopping or self._woken or self._has_work())
+                    self._state.wait_for(lambda: self._stopping or self._has_work())
                     if self._stopping:
                         return
-                    self._woken = False
                 self.step()
         except BaseException as error:
             # A defect of ours, or the interpreter going down: nobody would ever step again, so nobody may wait.
@@ -214,16 +172,16 @@ class Scheduler:
     def _has_work(self) -> bool:
         return bool(self._queue or self._active)
 
-    def _end_all(self, reason: Any, cause: BaseException | None) -> None:
+    def _end_all(self, reason: FinishReason, cause: BaseException | None) -> None:
         with self._stepping:
             with self._state:
                 waiting = list(self._queue)
                 self._queue.clear()
-            error = None if cause is None else _as_serving_error("the scheduler failed", cause)
             for active in list(self._active):
+                waiting.append(active.handle)
                 self._leave(active)
-                self._end(active.handle, reason, error)
             for handle in waiting:
+                error = None if cause is None else as_serving_error("the scheduler failed", cause)
                 self._end(handle, reason, error)
 
     # One iteration.
@@ -234,24 +192,33 @@ class Scheduler:
         with self._stepping:
             if not self._has_work():
                 return False
+            self._in_step = True
+            try:
+                self._drop_cancelled()
+                self._admit()
+                self._prefill()
+                self._decode()
+            finally:
+                self._in_step = False
             with self._state:
                 self._count.steps += 1
-            self._drop_cancelled()
-            self._admit()
-            self._prefill()
-            self._decode()
             return True
 
     def _drop_cancelled(self) -> None:
-        for active in [a for a in self._active if a.handle.cancel_requested]:
-            self._leave(active)
-            self._end(active.handle, "cancelled")
+        for active in list(self._active):
+            if (reason := active.handle.cancel_reason) is not None:
+                self._leave(active)
+                self._end(active.handle, reason)
         with self._state:
-            gone = [handle for handle in self._queue if handle.cancel_requested]
-            if gone:
-                self._queue = deque(handle for handle in self._queue if handle not in gone)
-        for handle in gone:
-            self._end(handle, "cancelled")
+            waiting, self._queue = self._queue, deque()
+            gone = []
+            for handle in waiting:
+                if (reason := handle.cancel_reason) is None:
+                    self._queue.append(handle)
+                else:
+                    gone.append((handle, reason))
+        for handle, why in gone:
+            self._end(handle, why)
 
     def _admit(self) -> None:
         while len(self._active) < self.runner.num_slots:
@@ -270,7 +237,7 @@ class Scheduler:
                     self._queue.appendleft(handle)
                 return
             except Exception as error:
-                self._end(handle, "error", _as_serving_error("the runner could not open a slot", error))
+                self._end(handle, "error", as_serving_error("the runner could not open a slot", error))
                 continue
             sampler = Sampler(handle.params, handle.prompt.tolist(), self.runner.vocab_size)
             self._active.append(_Active(handle, slot, sampler))
@@ -282,12 +249,14 @@ class Scheduler:
             if budget <= 0:
                 return
             handle = active.handle
+            if handle.done:  # a callback stopped the scheduler in the middle of this step
+                continue
             chunk = handle.prompt[active.read : active.read + self.prefill_chunk]
             keep = handle.params.return_context_logits
             try:
                 logits = self.runner.prefill(active.slot, chunk, all_logits=keep)
                 wanted = (len(chunk), self.runner.vocab_size) if keep else (self.runner.vocab_size,)
-                _check_shape(logits, wanted)
+                check_shape(logits, wanted)
             except Exception as error:
                 self._fail([active], "the runner failed while reading a prompt", error)
                 continue
@@ -307,12 +276,13 @@ class Scheduler:
 
     def _decode(self) -> None:
         ready = [active for active in self._active if active.next_token is not None]
+        ready.sort(key=lambda active: active.slot)
         if not ready:
             return
         tokens = np.array([active.next_token for active in ready], dtype=np.int64)
         try:
             logits = self.runner.decode([active.slot for active in ready], tokens)
-            _check_shape(logits, (len(ready), self.runner.vocab_size))
+            check_shape(logits, (len(ready), self.runner.vocab_size))
         except Exception as error:
             self._fail(ready, "the runner failed while decoding", error)
             return
@@ -322,6 +292,8 @@ class Scheduler:
     def _advance(self, active: _Active, logits: Logits) -> None:
         """Choose a request's next token from float32 [V], and deliver it."""
         handle, sampler = active.handle, active.sampler
+        if handle.done:  # as above
+            return
         try:
             token, logprob = sampler.sample(logits)
         except Exception as error:
@@ -356,20 +328,23 @@ class Scheduler:
     # Endings.
 
     def _fail(self, concerned: Sequence[_Active], what: str, cause: Exception) -> None:
-        error = _as_serving_error(what, cause)
         for active in concerned:
             self._leave(active)
-            self._end(active.handle, "error", error)
+            self._end(active.handle, "error", as_serving_error(what, cause))
 
     def _leave(self, active: _Active) -> None:
-        """Give the request's slot back."""
+        """Give the request's slot back; a failure to do so is the log's affair, the request has its tokens."""
+        if active not in self._active:
+            return
         self._active.remove(active)
         try:
             self.runner.close(active.slot)
         except Exception:
             _log.exception("the runner could not close slot %s", active.slot)
 
-    def _end(self, handle: RequestHandle, reason: Any, error: ServingError | None = None) -> None:
+    def _end(self, handle: RequestHandle, reason: FinishReason, error: ServingError | None = None) -> None:
+        if handle.done:
+            return
         with self._state:
             self._count.finish(reason)
         try:
@@ -380,55 +355,4 @@ class Scheduler:
     def stats(self) -> Stats:
         """Gauges and counters, for metrics; `dataclasses.asdict` makes a dictionary of them."""
         with self._state:
-            c, active = self._count, len(self._active)
-            return Stats(
-                queued=len(self._queue),
-                active=active,
-                slots=self.runner.num_slots,
-                free_slots=self.runner.num_slots - active,
-                requests_total=c.requests,
-                rejected_total=c.rejected,
-                completed_total=c.completed,
-                cancelled_total=c.cancelled,
-                failed_total=c.failed,
-                prompt_tokens_total=c.prompt_tokens,
-                generated_tokens_total=c.generated_tokens,
-                steps_total=c.steps,
-            )
-
-
-def as_tokens(prompt: Sequence[int] | Tokens, vocab_size: int) -> Tokens:
-    """A prompt as int64 [T]. Raises RequestError unless it is a flat, non-empty list of token ids below vocab_size."""
-    try:
-        tokens = np.asarray(prompt)
-    except ValueError:
-        tokens = np.empty(0, dtype=object)
-    if tokens.ndim != 1:
-        raise RequestError(
-            "the prompt is not a list of token ids", expected="one dimension", found=f"{tokens.ndim} dimensions",
-            remedy="pass one list of integers per request",
-        )  # fmt: skip
-    if len(prompt) == 0:
-        raise RequestError("the prompt is empty", expected="at least one token", remedy="begin with the bos token")
-    if tokens.dtype.kind not in "iu":
-        raise RequestError("the prompt is not a list of token ids", expected="integers", found=str(tokens.dtype))
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= vocab_size:
-        raise RequestError(
-            "a token id is out of range", expected=f"0 to {vocab_size - 1}", found=str(low if low < 0 else high),
-            remedy="tokenise with the engine's own tokenizer",
-        )  # fmt: skip
-    return tokens.astype(np.int64)
-
-
-def _check_shape(logits: Logits, wanted: tuple[int, ...]) -> None:
-    if np.shape(logits) != wanted:
-        raise RunnerError("the runner's logits have the wrong shape", expected=str(wanted), found=str(np.shape(logits)))
-
-
-def _as_serving_error(what: str, cause: BaseException) -> ServingError:
-    if isinstance(cause, ServingError):
-        return cause
-    error = RunnerError(what, found=f"{type(cause).__name__}: {cause}")
-    error.__cause__ = cause
-    return error
+            return self._count.stats(len(self._queue), len(self._active), self.runner.num_slots)

@@ -171,8 +171,8 @@ class TextStream:
         """The rest of the text, when no more tokens come."""
         text = self._tokenizer.decode(self._window, skip_special_tokens=self._skip)
         piece, self._given = text[self._given :], len(text)
-        self._unsearched = min(self._unsearched, 0)
-        return self._search(piece) + self._stops.flush()
+        rest = piece if self._unsearched >= 0 else self._stops.push(piece)
+        return rest + self._stops.flush()
 
     def _slide(self) -> None:
         """Leave in the window only what was added since the last slide: it ends with a whole character, and gives

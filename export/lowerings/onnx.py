@@ -43,7 +43,7 @@ class OnnxPortable(Lowering[ir.Value]):
         self.input_ids = self._input("input_ids", ["batch", "sequence"])
         self.attention_mask = self._input("attention_mask", ["batch", "total"])
         self.position_ids = self._input("position_ids", ["batch", "sequence"])
-        cache = ["batch", self.spec.num_kv_heads, "past", self.spec.head_dim]
+        cache: list[str | int] = ["batch", self.spec.num_kv_heads, "past", self.spec.head_dim]
         for layer in range(self.spec.num_layers):
             for kind in ("key", "value"):
                 self._input(f"past_key_values.{layer}.{kind}", cache, self.dtype)
@@ -162,8 +162,14 @@ class OnnxPortable(Lowering[ir.Value]):
     def attention(self, name: str, layer: int, q: ir.Value, k: ir.Value, v: ir.Value, scale: float) -> ir.Value:
         past = [self.inputs[f"past_key_values.{layer}.{kind}"] for kind in ("key", "value")]
         outputs = [name, f"present.{layer}.key", f"present.{layer}.value"]
-        heads = {"q_num_heads": self.spec.num_heads, "kv_num_heads": self.spec.num_kv_heads}
-        out, *present = self._nodes("Attention", [q, k, v, self.mask, *past], outputs, scale=scale, **heads)
+        out, *present = self._nodes(
+            "Attention",
+            [q, k, v, self.mask, *past],
+            outputs,
+            scale=scale,
+            q_num_heads=self.spec.num_heads,
+            kv_num_heads=self.spec.num_kv_heads,
+        )
         self._present(present)
         return out
 
@@ -316,7 +322,8 @@ class OnnxRuntime(OnnxPortable):
 
         def scale() -> NDArray[np.float32]:
             on_q = self.weights.get(f"{name}.q_scale").reshape(heads, size)
-            return np.concatenate((on_q, np.ones((keys, size), np.float32))) * np.float32(inverse_root(size))
+            both: NDArray[np.float32] = np.concatenate((on_q, np.ones((keys, size), np.float32))) * np.float32(inverse_root(size))
+            return both
 
         unit = self._rms_norm(f"{name}.qk_norm", turned, self._weight(f"{name}.qk_scale", scale, [heads + keys, size]))
         flat = self._join(f"{name}.qk_flat", unit)

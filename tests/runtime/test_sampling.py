@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from engines.runtime import RequestError, SamplingParams, Scheduler
 from engines.runtime.sampling import Sampler
-
 from tests.doubles.numpy_runner import NumpyRunner
 
 
@@ -37,8 +37,9 @@ def penalised(prompt: list[int], count: int, repetition: float, presence: float,
 )
 def test_penalties(repetition: float, presence: float, frequency: float) -> None:
     for prompt in ([1, 2, 3], [9], [4, 4, 20]):
-        found = generate(prompt, max_new_tokens=25, repetition_penalty=repetition, presence_penalty=presence,
-                         frequency_penalty=frequency)
+        found = generate(
+            prompt, max_new_tokens=25, repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency
+        )
         assert found == penalised(prompt, 25, repetition, presence, frequency)
 
 

@@ -7,8 +7,8 @@ import time
 
 import numpy as np
 import pytest
-from engines.runtime import Cancelled, CapacityError, RequestError, RunnerError, SamplingParams, Scheduler
 
+from engines.runtime import Cancelled, CapacityError, RequestError, RunnerError, SamplingParams, Scheduler
 from tests.doubles.numpy_runner import NumpyRunner
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12, 13], [3, 2, 1], [14] * 9, [0, 22]]
@@ -164,9 +164,7 @@ def test_a_failing_runner_fails_its_requests_and_hangs_nobody(method: str, threa
         assert list(handle) == []
     assert not runner.state and scheduler.stats().failed == 4
     runner.fail.clear()
-    assert scheduler.submit([1], SamplingParams(max_new_tokens=5)).result(timeout=10) == greedy_reference(
-        NumpyRunner(), [1], 5
-    )
+    assert scheduler.submit([1], SamplingParams(max_new_tokens=5)).result(timeout=10) == greedy_reference(NumpyRunner(), [1], 5)
     scheduler.stop()
 
 

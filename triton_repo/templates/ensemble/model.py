@@ -82,7 +82,7 @@ class TritonPythonModel:
         prompt = self.tokenizer.encode(text)
         if not prompt:
             raise InputError("text_input: expected text of at least one token, found none.")
-        check_room("text_input", len(prompt), self.max_length)
+        check_room("text_input", len(prompt), "max_tokens", options.given["max_tokens"], self.max_length)
         # The id is ours alone: two clients may use the same request id, and a stop must not hit the other one.
         name = f"{request.request_id()}-{uuid.uuid4().hex}"
         tensors = [

@@ -92,7 +92,7 @@ class TritonPythonModel:
             return
         options = parse_options(inputs, TOKENS_NAMES, self.vocab_size)
         prompt = prompt_tokens(inputs, self.vocab_size)
-        check_room("input_ids", len(prompt), self.max_length)
+        check_room("input_ids", len(prompt), "request_output_len", options.given["max_tokens"], self.max_length)
         sampling = dict(options.sampling)
         sampling["stop_sequences"] = sequences_of(inputs, "stop_words_list", self.vocab_size)
         sampling["bad_sequences"] = sequences_of(inputs, "bad_words_list", self.vocab_size)

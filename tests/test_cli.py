@@ -1,0 +1,218 @@
+"""The installed command: what it prints, what it leaves behind, and how it refuses."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from scripts.cli import main
+from tests.conftest import GOLDEN, TINY
+
+
+def run(capsys, *args):
+    code = main([str(arg) for arg in args])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(GOLDEN / "gqa", folder)
+    return folder
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def nan(tensors):
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
+
+
+def not_unit(tensors):
+    tensors["model.layers.0.self_attn.q_proj.weight"][5] *= 1.01
+
+
+def integers(tensors):
+    tensors["sz.weight"] = tensors["sz.weight"].astype(np.int32)
+
+
+def misshapen(tensors):
+    tensors["model.layers.2.mlp_alpha"] = tensors["model.layers.2.mlp_alpha"][:-1]
+
+
+BROKEN_TENSORS = {
+    "sz.weight": lambda t: t.pop("sz.weight"),
+    "surplus": lambda t: t.update(surplus=np.zeros(3, np.float32)),
+    "model.layers.2.mlp_alpha": misshapen,
+    "model.layers.1.mlp.up_proj.weight": nan,
+    "model.layers.0.self_attn.q_proj.weight": not_unit,
+    "int": integers,
+}
+
+
+@pytest.mark.parametrize("named", list(BROKEN_TENSORS))
+def test_a_broken_checkpoint_is_refused_by_name_and_leaves_nothing(named, checkpoint, tmp_path, capsys):
+    edit_tensors(checkpoint, BROKEN_TENSORS[named])
+    code, _, err = run(capsys, "build", "--checkpoint", checkpoint, "--output", tmp_path / "engine")
+    assert code == 2 and named.lower() in err.lower() and "Traceback" not in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "llama"}, "ngpt"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"surprise": 1}, "surprise"),
+        ({"rope_scaling": {"rope_type": "custom_wavelengths"}}, "custom_wavelengths"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+    ],
+)
+def test_a_config_that_cannot_be_built_is_refused_by_name(changes, named, checkpoint, tmp_path, capsys):
+    edit_config(checkpoint, **changes)
+    code, _, err = run(capsys, "build", "--checkpoint", checkpoint, "--output", tmp_path / "engine")
+    assert code == 2 and named in err and not (tmp_path / "engine").exists()
+
+
+def test_truncated_weights_bin_files_and_missing_folders(checkpoint, tmp_path, capsys):
+    data = (checkpoint / "model.safetensors").read_bytes()
+    (checkpoint / "model.safetensors").write_bytes(data[: len(data) // 2])
+    code, _, err = run(capsys, "build", "--checkpoint", checkpoint, "--output", tmp_path / "engine")
+    assert code == 2 and "model.safetensors" in err
+    (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
+    code, _, err = run(capsys, "build", "--checkpoint", checkpoint, "--output", tmp_path / "engine")
+    assert code == 2 and ".bin" in err and "safetensors" in err
+    code, _, err = run(capsys, "build", "--checkpoint", tmp_path / "nowhere", "--output", tmp_path / "engine")
+    assert code == 2 and "nowhere" in err
+
+
+def test_an_unknown_target_names_the_known_ones(checkpoint, tmp_path, capsys):
+    code, _, err = run(capsys, "build", "--checkpoint", checkpoint, "--target", "tpu", "--output", tmp_path / "engine")
+    assert code == 2 and "'tpu'" in err and "cpu-int8" in err and "onnx-portable" in err
+
+
+def test_an_output_in_use_is_kept_as_it_is(checkpoint, tmp_path, capsys):
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "mine.txt").write_text("keep")
+    code, _, err = run(capsys, "build", "--checkpoint", checkpoint, "--output", tmp_path / "engine")
+    assert code == 2 and "exists" in err
+    assert [p.name for p in (tmp_path / "engine").iterdir()] == ["mine.txt"]
+
+
+def test_a_full_disk_is_named_and_nothing_stays(checkpoint, tmp_path, capsys, monkeypatch):
+    import errno
+
+    import onnx_ir
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(onnx_ir, "save", full)
+    code, _, err = run(capsys, "build", "--checkpoint", checkpoint, "--output", tmp_path / "engine")
+    assert code == 2 and "full" in err and sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint"]
+
+
+def test_too_little_room_is_said_before_anything_is_written(checkpoint, tmp_path, capsys, monkeypatch):
+    from collections import namedtuple
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "total used free")(1, 1, 1000))
+    code, _, err = run(capsys, "build", "--checkpoint", checkpoint, "--output", tmp_path / "engine")
+    assert code == 2 and "not enough room" in err and "MB" in err
+
+
+def test_a_missing_package_names_the_extra(checkpoint, tmp_path, capsys, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "onnx_ir", None)
+    monkeypatch.delitem(sys.modules, "export.lowerings.onnx", raising=False)
+    code, _, err = run(capsys, "build", "--checkpoint", checkpoint, "--output", tmp_path / "engine")
+    assert code == 2 and "ngpt-deploy[onnx]" in err
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    from ngpt.errors import NGPTDeployError
+
+    with pytest.raises(NGPTDeployError):
+        main(["build", "--debug", "--checkpoint", str(tmp_path / "nowhere"), "--output", str(tmp_path / "e")])
+
+
+@pytest.mark.parametrize("target", ["cpu-fp32", "cpu-int8", "cpu-int4", "onnx-portable"])
+def test_build_verifies_every_cpu_target(target, checkpoint, tmp_path, capsys):
+    engine = tmp_path / "engine"
+    code, out, _ = run(capsys, "build", "--checkpoint", checkpoint, "--target", target, "--output", engine)
+    manifest = json.loads((engine / "manifest.json").read_text())
+    assert code == 0 and "pass" in out
+    assert manifest["parity"]["verdict"] == "pass" and manifest["parity"]["decode_steps"] >= 64
+    assert {"model.onnx", "genai_config.json", "parity.json", "parity.html"} <= set(manifest["files"])
+
+
+def test_cuda_target_is_built_and_says_it_was_not_executed(checkpoint, tmp_path, capsys):
+    engine = tmp_path / "engine"
+    code, out, _ = run(capsys, "build", "--checkpoint", checkpoint, "--target", "cuda-fp16", "--output", engine)
+    assert code == 0 and "not executed on a CUDA device" in out
+    assert json.loads((engine / "manifest.json").read_text())["parity"] is None
+    code, _, err = run(capsys, "generate", "x", "--engine", engine)
+    assert code == 2 and "CUDAExecutionProvider" in err and "onnx-gpu" in err
+
+
+def test_inspect_and_verify_tell_and_a_wrong_checkpoint_fails_parity(checkpoint, tmp_path, capsys):
+    engine = tmp_path / "engine"
+    run(capsys, "build", "--checkpoint", checkpoint, "--target", "cpu-fp32", "--output", engine, "--no-verify")
+    code, out, _ = run(capsys, "inspect", engine)
+    assert code == 0 and "not verified" in out and "3 layers" in out
+    code, out, _ = run(capsys, "verify", engine, "--checkpoint", checkpoint, "--report", tmp_path / "good")
+    assert code == 0 and (tmp_path / "good" / "parity.html").is_file()
+    code, out, err = run(capsys, "verify", engine, "--checkpoint", GOLDEN / "dead-mlp", "--report", tmp_path / "bad")
+    assert code == 3 and "does not agree" in err
+    damaged = engine / "model.onnx"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\0")
+    code, _, err = run(capsys, "generate", "x", "--engine", engine)
+    assert code == 2 and "model.onnx" in err
+
+
+def test_package_refuses_an_unverified_engine(checkpoint, tmp_path, capsys):
+    engine = tmp_path / "engine"
+    run(capsys, "build", "--checkpoint", checkpoint, "--output", engine, "--no-verify")
+    code, _, err = run(capsys, "package", engine, "--output", tmp_path / "models")
+    assert code == 2 and "allow-unverified" in err.replace("_", "-") and not (tmp_path / "models").exists()
+
+
+def test_convert_research_checkpoint_and_carry_the_code(tmp_path, capsys):
+    out = tmp_path / "hf"
+    code, _, _ = run(
+        capsys, "convert", "--checkpoint", GOLDEN / "research-checkpoint" / "ckpt.pt", "--output", out, "--with-code"
+    )
+    config = json.loads((out / "config.json").read_text())
+    assert (
+        code == 0
+        and config["position_code"] == "research"
+        and config["auto_map"]["AutoModelForCausalLM"] == "model.NGPTForCausalLM"
+    )
+    assert (out / "model.py").is_file()
+
+
+def test_generate_from_an_engine_streams_the_greedy_text(tiny_engine_folder, capsys):
+    code, out, _ = run(capsys, "generate", "def __init__(self", "--engine", tiny_engine_folder, "--max-tokens", 12)
+    from engines import load_engine
+
+    with load_engine(tiny_engine_folder) as engine:
+        assert code == 0 and out == engine.generate_text("def __init__(self", 12) + "\n"
+
+
+def test_the_example_needs_no_download_and_fits_its_size():
+    files = {p.name: p.stat().st_size for p in TINY.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "training.json"} <= set(files)
+    assert sum(files.values()) <= 8_000_000
+    losses = json.loads((TINY / "training.json").read_text())["held_out_nats_per_token"]
+    assert losses["ngpt"] < losses["trigram"] < losses["unigram"]

@@ -1,0 +1,70 @@
+"""Starting and stopping the server itself."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from ngpt.errors import ServerError
+from triton_repo.client import generate_text, stream_text
+from triton_repo.server import TritonServer, check_numpy
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_start_and_stop_again_and_again(repository, tmp_path):
+    server = TritonServer(repository, log_path=tmp_path / "log.txt", start_timeout=30)
+    texts = []
+    for _ in range(2):
+        with server:
+            pid, prefix = server.pid, server._shm_prefix
+            texts.append(generate_text(server.grpc_url, "def ", max_tokens=4))
+            stream = stream_text(server.grpc_url, "def ", max_tokens=400, end_id=-1)
+            next(stream)
+            stream.close()
+            start = time.monotonic()
+        assert time.monotonic() - start < 8
+        assert server.pid is None and not alive(pid)
+        assert not list(Path("/dev/shm").glob(f"{prefix}*"))
+    assert texts[0] == texts[1]
+
+
+def test_a_repository_moved_elsewhere_serves(repository, tmp_path):
+    moved = tmp_path / "a b" / "models"
+    moved.parent.mkdir()
+    moved.symlink_to(repository)
+    with TritonServer(moved, start_timeout=30) as server:
+        assert generate_text(server.grpc_url, "def ", max_tokens=2)
+
+
+def test_a_model_that_cannot_load_ends_the_start_with_the_log(tmp_path):
+    model = tmp_path / "models" / "broken"
+    (model / "1").mkdir(parents=True)
+    (model / "config.pbtxt").write_text('name: "broken"\nbackend: "python"\nmax_batch_size: 0\n')
+    (model / "1" / "model.py").write_text("raise ValueError('broken on purpose')\n")
+    server = TritonServer(tmp_path / "models", start_timeout=20)
+    with pytest.raises(ServerError, match="broken on purpose"):
+        server.start()
+    assert server.pid is None
+
+
+def test_numpy_2_is_refused(monkeypatch):
+    check_numpy()
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.1.0")
+    with pytest.raises(ServerError, match="expected numpy<2, found numpy 2.1.0"):
+        check_numpy()
+
+
+def test_a_missing_repository_is_named(tmp_path):
+    with pytest.raises(ServerError, match="nowhere"):
+        TritonServer(tmp_path / "nowhere")
