@@ -18,6 +18,7 @@ from engines.parity.quantized import WeightAudit
 
 MEAN_MULTIPLE = 4.0
 WORST_MULTIPLE = 8.0
+LOSS_MULTIPLE = 2.0
 _ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
@@ -48,10 +49,26 @@ class Measured:
     precision: str  # of the engine's arithmetic outside quantised products
 
 
-def checks(measured: Measured, audit: WeightAudit | None = None) -> list[Check]:
+@dataclass(frozen=True)
+class Loss:
+    """What quantised weights cost against the original ones, and what the format's step alone would cost."""
+
+    quantized: list[Distance]
+    perturbed: list[Distance]
+
+    def check(self) -> Check:
+        """The mean over all positions of sqrt(KL), which is linear in the error of the weights."""
+        cost, expected = (float(np.sqrt(np.concatenate([d.kl for d in ds])).mean()) for ds in (self.quantized, self.perturbed))
+        return Check("quantisation loss: sqrt(KL), mean", cost, expected, LOSS_MULTIPLE * expected, "sqrt(nat)")
+
+
+def checks(measured: Measured, audit: WeightAudit | None = None, loss: Loss | None = None) -> list[Check]:
     """Every check of the gate. The verdict is "pass" iff all of them pass."""
-    finite = all(d.finite for d in measured.engine)
-    found = [Check("every output is finite", 0.0 if finite else 1.0, 0.0, 0.0, "")]
+    found = []
+    # A precision in which PyTorch itself overflows gives no yardstick: that must not look like the engine's fault.
+    for what, distances in (("every output", measured.engine), ("the noise, PyTorch in this precision,", measured.noise)):
+        finite = all(d.finite for d in distances)
+        found.append(Check(f"{what} is finite", 0.0 if finite else 1.0, 0.0, 0.0, ""))
     # No result can be closer than the rounding of the engine's own output: the floor below any noise.
     roundoff = _ROUNDOFF[measured.precision]
     for phase in ("prefill", "decode"):
@@ -67,6 +84,8 @@ def checks(measured: Measured, audit: WeightAudit | None = None) -> list[Check]:
         found.append(Check(f"quantised weights, worst ({audit.worst_name})", audit.worst_step, 0.5, 1.01, "step"))
         found.append(Check("quantised weights, rms", audit.worst_rms, 0.29, 0.5, "step"))
         found.append(Check("some weights are quantised", 0.0 if audit.matrices else 1.0, 0.0, 0.0, ""))
+    if loss is not None:
+        found.append(loss.check())
     return found
 
 
@@ -112,14 +131,17 @@ def _pair(
     ]
 
 
-def stable_positions(measured: Measured) -> list[np.ndarray[tuple[int], np.dtype[np.bool_]]]:
-    """Positions whose reference margin exceeds what the permitted noise could close, per sequence.
+def stable_margin(measured: Measured) -> float:
+    """The margin above which the first choice must agree, in logits.
 
-    Two logits may each move by the permitted worst error, so the first choice is only required to agree where the
-    gap is more than twice that.
+    Two logits may each move by the permitted worst error, so the gap must be more than twice that.
     """
-    worst = max(float(d.max_abs.max()) for d in measured.noise)
-    return [d.margin > 2 * WORST_MULTIPLE * worst for d in measured.engine]
+    return 2 * WORST_MULTIPLE * max(float(d.max_abs.max()) for d in measured.noise)
+
+
+def stable_positions(measured: Measured) -> list[np.ndarray[tuple[int], np.dtype[np.bool_]]]:
+    """Positions whose reference margin exceeds what the permitted noise could close, per sequence."""
+    return [d.margin > stable_margin(measured) for d in measured.engine]
 
 
 def _top1(measured: Measured) -> Check:

@@ -62,21 +62,54 @@ class WeightAudit:
 def put_quantized_weights(model: nn.Module, quantization: Quantization) -> WeightAudit:
     """Replace the weights of every module that the quantisation applies to, in place, and audit each one."""
     audit = WeightAudit()
+
+    def rounded(name: str, before: NDArray[np.float32]) -> NDArray[np.float32]:
+        after = quantization.quantize_dequantize(before, quantization.bits_of(name), quantization.block_size)
+        audit_weight(audit, name, before, after, quantization)
+        return after
+
+    _put_weights(model, quantization, rounded)
+    return audit
+
+
+def put_perturbed_weights(model: nn.Module, quantization: Quantization, seed: int) -> None:
+    """Add to every quantised weight an error drawn evenly from half a step either side, in place.
+
+    That is what rounding to nearest does to a weight, with the exporter's own rounding left out of it: the format's
+    step alone decides how far this model is from the original.
+    """
+    random = np.random.default_rng(seed)
+
+    def perturbed(name: str, before: NDArray[np.float32]) -> NDArray[np.float32]:
+        blocks, step = _blocks_and_step(before, quantization.bits_of(name), quantization.block_size)
+        moved = blocks + step * random.uniform(-0.5, 0.5, blocks.shape)
+        return moved.reshape(len(before), -1)[:, : before.shape[1]].astype(np.float32)
+
+    _put_weights(model, quantization, perturbed)
+
+
+def _put_weights(
+    model: nn.Module, quantization: Quantization, change: Callable[[str, NDArray[np.float32]], NDArray[np.float32]]
+) -> None:
     embedding = getattr(getattr(model, "model", None), "embed_tokens", None)
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or not quantization.applies(name):
             continue
         before: NDArray[np.float32] = module.weight.detach().float().numpy()
-        after = quantization.quantize_dequantize(before, quantization.bits_of(name), quantization.block_size)
-        audit_weight(audit, name, before, after, quantization)
-        fresh = torch.from_numpy(np.array(after)).to(module.weight.dtype)
+        fresh = torch.from_numpy(np.array(change(name, before))).to(module.weight.dtype)
         if embedding is not None and module.weight is embedding.weight:
             module.weight = nn.Parameter(fresh)  # a tied head is quantised, the table that it shared is not
         else:
             module.weight.data.copy_(fresh)
     if quantization.narrow_embedding and embedding is not None:  # after the head, which may share the table
         embedding.weight.data.copy_(embedding.weight.half())
-    return audit
+
+
+def _blocks_and_step(weight: NDArray[np.float32], bits: int, block_size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The matrix in float64 blocks [N, blocks, block_size], zero padded, and the step of each, [N, blocks, 1]."""
+    padded = np.pad(weight, ((0, 0), (0, -weight.shape[1] % block_size)))
+    blocks = padded.reshape(len(weight), -1, block_size).astype(np.float64)
+    return blocks, 2 * np.abs(blocks).max(-1, keepdims=True) / (2**bits - 1)
 
 
 def audit_weight(
@@ -91,10 +124,8 @@ def audit_weight(
     Rounding to nearest stays within one step (the extra half is for clipping at the asymmetric end of two's
     complement) and has an rms of about 0.29 steps.
     """
-    shape = (before.shape[0], -1, quantization.block_size)
-    padding = -before.shape[1] % quantization.block_size
-    old, new = (np.pad(w, ((0, 0), (0, padding))).reshape(shape).astype(np.float64) for w in (before, after))
-    step = 2 * np.abs(old).max(-1, keepdims=True) / (2 ** quantization.bits_of(name) - 1)
+    old, step = _blocks_and_step(before, quantization.bits_of(name), quantization.block_size)
+    new, _ = _blocks_and_step(after, quantization.bits_of(name), quantization.block_size)
     error = np.abs(new - old)
     steps = np.divide(error, step, out=np.where(error > 0, np.inf, 0.0), where=step > 0)
     worst, rms = float(steps.max()), float(np.sqrt(np.mean(steps**2)))

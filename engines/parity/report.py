@@ -20,11 +20,16 @@ from ngpt.errors import BuildError
 JSON_FILE = "parity.json"
 HTML_FILE = "parity.html"
 SCHEMA_VERSION = 1
+MAX_MARKS = 24  # of positions with another first choice, in one plot
 
 
 @dataclass(frozen=True)
 class SequenceResult:
-    """Per-position curves of one sequence; lists have one number per token (angles: one per tap, the mean)."""
+    """Per-position curves of one sequence; lists have one number per token (angles: one per tap, the mean).
+
+    ``margin``: the reference's gap between its two largest logits; above ``stable_margin`` the engine must choose alike.
+    ``other_choice``: the positions where it chose otherwise.
+    """
 
     name: str
     prompt_length: int
@@ -32,6 +37,9 @@ class SequenceResult:
     kl_noise: list[float]
     max_abs: list[float]
     max_abs_noise: list[float]
+    margin: list[float]
+    stable_margin: float
+    other_choice: list[int]
     angles: dict[str, float]
     angles_noise: dict[str, float]
 
@@ -124,6 +132,13 @@ def _plots(sequences: Items[SequenceResult], checks: Items[Check]) -> list[str]:
             lines = [Line("engine", ours, COLORS["engine"]), Line("noise", noise, COLORS["noise"])]
             unit = "nats" if title.startswith("KL") else "logit"
             plots.append(chart(f"{title}: {sequence.name}", "position", unit, lines, mark))
+        limit = [sequence.stable_margin] * len(sequence.margin)
+        lines = [
+            Line("margin", sequence.margin, COLORS["noise"]),
+            Line("must agree above", limit, COLORS["limit"], dashed=True),
+        ]
+        differs = [(position, "differs") for position in sequence.other_choice[:MAX_MARKS]]
+        plots.append(chart(f"Margin of the first choice: {sequence.name}", "position", "logit", lines, mark + differs))
     return plots
 
 
@@ -188,8 +203,9 @@ continuations. <b>Engine</b> curves show how far the engine is from the wide ref
 PyTorch itself is from that reference in the engine's precision. A faithful engine lies on or near the noise. The
 limit is a fixed multiple of the noise: 4 for means, 8 for the worst position. In nGPT every hidden state has
 unit norm, so the angle between two of them is the natural distance: look for the first layer at which the engine
-leaves the noise. For a quantised engine the reference holds the same quantised weights; what the quantisation itself
-costs, against the original weights, is listed as quantisation loss and does not decide the verdict.</p>
+leaves the noise. The first choice must agree wherever the reference's margin lies above the dashed line. For a quantised engine the reference holds the same quantised weights; what the quantisation itself
+costs, against the original weights, is listed as quantisation loss; its noise is the loss that random errors of the
+format's step cause, and it may be at most twice that.</p>
 <table>{facts}</table>
 <h2>Plots</h2>
 {plots}

@@ -12,9 +12,25 @@ from typing import Any
 import numpy as np
 
 from engines.parity.compare import Distance, Runner, TapFunction, distance, run_engine
-from engines.parity.gate import MEAN_MULTIPLE, WORST_MULTIPLE, Measured, checks, stable_positions, tap_names
+from engines.parity.gate import (
+    LOSS_MULTIPLE,
+    MEAN_MULTIPLE,
+    WORST_MULTIPLE,
+    Loss,
+    Measured,
+    checks,
+    stable_margin,
+    stable_positions,
+    tap_names,
+)
 from engines.parity.prompts import Sequence, make_sequences
-from engines.parity.quantized import Quantization, WeightAudit, put_quantized_weights, quantize_activations
+from engines.parity.quantized import (
+    Quantization,
+    WeightAudit,
+    put_perturbed_weights,
+    put_quantized_weights,
+    quantize_activations,
+)
 from engines.parity.reference import TorchReference, loadable_folder
 from engines.parity.report import ParityReport, SequenceResult
 from engines.parity.trace import Trace
@@ -76,6 +92,7 @@ def verify(
         with loadable_folder(checkpoint) as folder:
             sequences, original = work.original(folder, prompts, runner.max_length, decode_steps, seed)
             reference, audit = work.reference(folder, sequences, original)
+            perturbed = work.perturbed(folder, sequences, seed)
             noise = work.noise(folder, sequences)
         work.tell("running the engine")
         traces = run_engine(runner, sequences, taps)
@@ -83,13 +100,11 @@ def verify(
         if owned is not None:
             owned.close()
     work.tell("comparing")
-    return work.report(name or own_name, sequences, original, reference, noise, traces, audit)
+    return work.report(name or own_name, sequences, original, reference, noise, traces, audit, perturbed)
 
 
 class _Work:
     """The steps of one verification; every PyTorch model is dropped before the next is loaded."""
-
-    steps = 5
 
     def __init__(
         self,
@@ -103,6 +118,7 @@ class _Work:
         self.quantization = quantization
         self.progress = progress
         self.done = 0
+        self.steps = 5 if quantization is None else 6
         parameters = sum(int(np.prod(expected.shape)) for expected in expected_tensors(checkpoint.spec).values())
         self.wide = "float64" if 8 * parameters <= limit else "float32"
 
@@ -137,6 +153,18 @@ class _Work:
         model = TorchReference(folder, self.wide)
         audit = put_quantized_weights(model.model, self.quantization)
         return _run(model, sequences), audit
+
+    def perturbed(self, folder: Path, sequences: list[Sequence], seed: int) -> list[Trace]:
+        """For a quantised engine, the original with its weights moved at random within half a step; else nothing.
+
+        float32 is wide enough: its noise is hundreds of times below the smallest step's effect.
+        """
+        if self.quantization is None:
+            return []
+        self.tell("running PyTorch with random errors of the format's step")
+        model = TorchReference(folder, "float32")
+        put_perturbed_weights(model.model, self.quantization, seed)
+        return _run(model, sequences)
 
     def noise(self, folder: Path, sequences: list[Sequence]) -> list[Trace]:
         """What PyTorch computes in the engine's precision.
@@ -177,6 +205,7 @@ class _Work:
         noise: list[Trace],
         engine: list[Trace],
         audit: WeightAudit | None,
+        perturbed: list[Trace],
     ) -> ParityReport:
         """Distances, checks, verdict, summary."""
         ours, floor, lost, end_to_end = (
@@ -190,7 +219,11 @@ class _Work:
         )
         size = float(np.sqrt(np.mean([np.mean(np.square(t.logits)) for t in reference])))
         measured = Measured(sequences, ours, floor, size, self.precision)
-        found = checks(measured, audit)
+        loss = None
+        if perturbed:
+            random = [distance(a, b, s.tokens) for a, b, s in zip(original, perturbed, sequences, strict=True)]
+            loss = Loss(lost, random)
+        found = checks(measured, audit, loss)
         verdict = "pass" if all(check.passed for check in found) else "fail"
         summary: dict[str, Any] = {
             "verdict": verdict,
@@ -214,7 +247,7 @@ class _Work:
             "stable_positions": float(np.mean(np.concatenate(stable_positions(measured)))),
             "first_divergence": _first_divergence(found),
             "taps": len(tap_names(ours)),
-            "gate": {"mean": MEAN_MULTIPLE, "worst position": WORST_MULTIPLE},
+            "gate": {"mean": MEAN_MULTIPLE, "worst position": WORST_MULTIPLE, "quantisation loss": LOSS_MULTIPLE},
             "failed_checks": [check.name for check in found if not check.passed],
         }
         if self.quantization is not None:
@@ -229,6 +262,9 @@ class _Work:
                 kl_noise=n.kl.tolist(),
                 max_abs=e.max_abs.tolist(),
                 max_abs_noise=n.max_abs.tolist(),
+                margin=e.margin.tolist(),
+                stable_margin=stable_margin(measured),
+                other_choice=np.flatnonzero(~e.top1).tolist(),
                 angles={tap: float(values.mean()) for tap, values in e.angles.items()},
                 angles_noise={tap: float(n.angles[tap].mean()) for tap in e.angles if tap in n.angles},
             )

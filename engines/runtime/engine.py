@@ -121,7 +121,8 @@ class Engine:
     ) -> list[list[int]]:
         """Continue each prompt (token ids); returns the new tokens alone, an end token included.
 
-        All prompts are checked before the first is begun. Raises RequestError, CapacityError, RunnerError.
+        All prompts are checked before the first is begun. Each has a random generator of its own, so with a `seed`
+        equal prompts get equal tokens. Raises RequestError, CapacityError, RunnerError.
         """
         params = self.params(max_new_tokens, ignore_eos, **sampling)
         checked = [self.scheduler.check(prompt, params) for prompt in prompts]
@@ -247,7 +248,7 @@ def _pieces(handle: RequestHandle, stream: TextStream) -> Iterator[str]:
         for event in handle:
             piece = stream.push(event.token) if event.has_token else ""
             if stream.stopped:
-                handle.cancel()
+                handle.cancel("stop")
             if piece:
                 yield piece
             if stream.stopped:

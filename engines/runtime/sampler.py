@@ -42,10 +42,11 @@ class Sampler:
     def sample(self, logits: Row) -> tuple[int, float | None]:
         """Choose a token from float32 [V], remember it, and return it with its log-probability (or None)."""
         adjusted = self._adjust(logits)
-        token = int(np.argmax(adjusted)) if self._random is None else self._draw(adjusted, self._random)
-        peak = float(adjusted[token])
-        if not np.isfinite(peak):
+        token = int(np.argmax(adjusted))
+        if not np.isfinite(adjusted[token]):
             self._refuse(logits)
+        if self._random is not None:
+            token = self._draw(adjusted, self._random)
         logprob = log_probability(logits, token) if self.params.logprobs else None
         self._remember(token)
         return token, logprob
@@ -94,8 +95,6 @@ class Sampler:
 
     def _draw(self, logits: Row, random: np.random.Generator) -> int:
         candidates, weights = _truncate(logits, self.params)
-        if not len(candidates):
-            self._refuse(logits)
         cumulative = np.cumsum(weights)
         place = int(np.searchsorted(cumulative, random.random() * cumulative[-1], side="right"))
         # The product can round up to the very total; that belongs to the last candidate with any weight.
@@ -145,8 +144,6 @@ def _truncate(logits: Row, params: SamplingParams) -> tuple[NDArray[np.int64], N
     top_p = 1.0 if params.top_p is None else params.top_p
     limit = min(params.top_k or size, size)
     peak = logits.max()
-    if not np.isfinite(peak):
-        return np.empty(0, np.int64), np.empty(0, np.float64)
 
     def weigh(values: Row) -> NDArray[np.float64]:
         # Differences first: they are at most 0, so a tiny temperature gives zeros and never Inf - Inf.

@@ -49,6 +49,10 @@ class Reference:
             if replace is not None and (name == "embed" or name.endswith(".weight")):
                 value = replace(name, value)
             self.w[name] = value.astype(dtype)
+        if "unsquared_sqk" in self.faults:
+            for layer in range(self.spec.num_layers):
+                name = f"layers.{layer}.attn.q_scale"
+                self.w[name] = np.sqrt(self.w[name])
         if "signed_alpha" in self.faults:
             for layer in range(self.spec.num_layers):
                 for part in ("attn", "mlp"):

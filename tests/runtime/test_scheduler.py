@@ -8,7 +8,16 @@ import time
 import numpy as np
 import pytest
 
-from engines.runtime import Cancelled, CapacityError, RequestError, RunnerError, SamplingParams, Scheduler
+from engines.runtime import (
+    Cancelled,
+    CapacityError,
+    ClosedError,
+    RequestError,
+    RunnerError,
+    SamplingParams,
+    Scheduler,
+    TokenEvent,
+)
 from tests.doubles.numpy_runner import NumpyRunner
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12, 13], [3, 2, 1], [14] * 9, [0, 22]]
@@ -35,10 +44,10 @@ def greedy_reference(runner: NumpyRunner, prompt: list[int], count: int) -> list
 @pytest.mark.parametrize("chunk", [1, 4, 256])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_request_does_not_depend_on_its_neighbours(kind: str, chunk: int, slots: int) -> None:
-    alone = [Scheduler(NumpyRunner()).submit(p, params(kind, i)).result() for i, p in enumerate(PROMPTS)]
+    alone = [Scheduler(NumpyRunner()).submit(p, params(kind, i)).result().tokens for i, p in enumerate(PROMPTS)]
     together = Scheduler(NumpyRunner(num_slots=slots), prefill_chunk=chunk)
     handles = [together.submit(p, params(kind, i)) for i, p in enumerate(PROMPTS)]
-    assert [h.result() for h in handles] == alone
+    assert [h.result().tokens for h in handles] == alone
     if kind == "greedy":
         assert alone == [greedy_reference(NumpyRunner(), p, 4 + 3 * i) for i, p in enumerate(PROMPTS)]
 
@@ -47,7 +56,7 @@ def test_greedy_is_argmax_and_ties_go_to_the_lowest_id() -> None:
     runner = NumpyRunner()
     runner.override = np.zeros(23, np.float32)
     runner.override[[7, 9]] = 5
-    assert Scheduler(runner).submit([1], SamplingParams(max_new_tokens=3)).result() == [7, 7, 7]
+    assert Scheduler(runner).submit([1], SamplingParams(max_new_tokens=3)).result().tokens == [7, 7, 7]
 
 
 def test_requests_join_and_leave_a_running_batch() -> None:
@@ -60,11 +69,11 @@ def test_requests_join_and_leave_a_running_batch() -> None:
     short = scheduler.submit([3], SamplingParams(max_new_tokens=4))
     third = scheduler.submit([4], SamplingParams(max_new_tokens=2))
     scheduler.step()
-    assert runner.decode_batches[-1] == 2 and not third.times.first_scheduled
-    assert short.result() == greedy_reference(NumpyRunner(), [3], 4)
+    assert runner.decode_batches[-1] == 2 and not third.times.first_scheduled_ns
+    assert short.result().tokens == greedy_reference(NumpyRunner(), [3], 4)
     assert not long.done
-    assert third.result() == greedy_reference(NumpyRunner(), [4], 2)
-    assert long.result() == greedy_reference(NumpyRunner(), [1, 2], 20)
+    assert third.result().tokens == greedy_reference(NumpyRunner(), [4], 2)
+    assert long.result().tokens == greedy_reference(NumpyRunner(), [1, 2], 20)
     assert max(runner.decode_batches) == 2 and not runner.state
 
 
@@ -95,9 +104,9 @@ def test_cancel_frees_the_slot_at_once() -> None:
     assert [e.token for e in events[:-1]] == running.tokens
     with pytest.raises(Cancelled):
         running.result()
-    assert waiting.result() == greedy_reference(NumpyRunner(), [2], 3)
+    assert waiting.result().tokens == greedy_reference(NumpyRunner(), [2], 3)
     running.cancel()  # late and repeated: harmless
-    assert scheduler.stats().cancelled == 1
+    assert scheduler.stats().cancelled_total == 1
 
 
 def test_cancel_of_a_waiting_request_takes_it_out_of_the_queue() -> None:
@@ -116,11 +125,11 @@ def test_cancel_while_the_thread_runs() -> None:
     scheduler.start()
     try:
         request = scheduler.submit([1], SamplingParams(max_new_tokens=90_000))
-        next(request)
+        next(iter(request))
         request.cancel()
         with pytest.raises(Cancelled):
             request.result(timeout=10)
-        assert scheduler.submit([3], SamplingParams(max_new_tokens=4)).result(timeout=10) == greedy_reference(
+        assert scheduler.submit([3], SamplingParams(max_new_tokens=4)).result(timeout=10).tokens == greedy_reference(
             NumpyRunner(), [3], 4
         )
     finally:
@@ -142,7 +151,7 @@ def test_many_threads_get_the_tokens_of_one() -> None:
     for thread in threads:
         thread.join(20)
     scheduler.stop()
-    alone = {i: Scheduler(NumpyRunner()).submit(p, params("sampled", i)).result() for i, p in enumerate(PROMPTS)}
+    alone = {i: Scheduler(NumpyRunner()).submit(p, params("sampled", i)).result().tokens for i, p in enumerate(PROMPTS)}
     assert found == alone
 
 
@@ -161,10 +170,11 @@ def test_a_failing_runner_fails_its_requests_and_hangs_nobody(method: str, threa
         assert isinstance(caught.value.__cause__, OSError)
         with pytest.raises(RunnerError):
             list(handle)
-        assert list(handle) == []
-    assert not runner.state and scheduler.stats().failed == 4
+        assert handle.finish_reason == "error" and len(handle.tokens) == (method == "decode")
+    assert len({id(handle.error) for handle in handles}) == 4  # threads that raise one error would mix their traces
+    assert not runner.state and scheduler.stats().failed_total == 4
     runner.fail.clear()
-    assert scheduler.submit([1], SamplingParams(max_new_tokens=5)).result(timeout=10) == greedy_reference(NumpyRunner(), [1], 5)
+    assert scheduler.submit([1], SamplingParams(max_new_tokens=5)).result(timeout=10).tokens == greedy_reference(NumpyRunner(), [1], 5)
     scheduler.stop()
 
 
@@ -172,7 +182,7 @@ def test_a_failing_close_does_not_lose_the_tokens() -> None:
     runner = NumpyRunner()
     runner.fail["close"] = OSError("late")
     handle = Scheduler(runner).submit([1], SamplingParams(max_new_tokens=5))
-    assert handle.result() == greedy_reference(NumpyRunner(), [1], 5)
+    assert handle.result().tokens == greedy_reference(NumpyRunner(), [1], 5)
 
 
 def test_a_runner_without_any_slot_fails_the_request() -> None:
@@ -186,31 +196,191 @@ def test_a_runner_without_any_slot_fails_the_request() -> None:
 def test_logits_that_are_not_finite_fail_the_request(bad: float) -> None:
     runner = NumpyRunner()
     runner.override = np.full(23, bad, np.float32)
-    with pytest.raises(RunnerError, match="NaN or infinity"):
+    with pytest.raises(RunnerError, match="NaN or Inf"):
         Scheduler(runner).submit([1], SamplingParams()).result()
 
 
 def test_logits_of_a_wrong_shape_fail_the_request() -> None:
     runner = NumpyRunner()
     runner.override = np.zeros(22, np.float32)
-    with pytest.raises(RunnerError, match=r"expected shape \(23,\), found shape \(22,\)"):
+    with pytest.raises(RunnerError, match=r"expected \(23,\), found \(22,\)"):
         Scheduler(runner).submit([1], SamplingParams()).result()
 
 
-def test_stop_fails_what_is_left_and_start_opens_again() -> None:
-    scheduler = Scheduler(NumpyRunner(num_slots=1, max_length=10**6))
-    scheduler.start()
+@pytest.mark.parametrize("threaded", [False, True])
+def test_stop_cancels_what_is_left_and_refuses_more(threaded: bool) -> None:
+    runner = NumpyRunner(num_slots=1, max_length=10**6)
+    scheduler = Scheduler(runner)
+    if threaded:
+        scheduler.start()
     handles = [scheduler.submit([1], SamplingParams(max_new_tokens=900_000)) for _ in range(2)]
-    next(handles[0])
+    next(iter(handles[0]))
     scheduler.stop()
+    assert not scheduler.running and not runner.state
     for handle in handles:
-        with pytest.raises(CapacityError, match="stopped"):
+        with pytest.raises(Cancelled):
             handle.result(timeout=10)
-    with pytest.raises(CapacityError, match="stopped"):
+    with pytest.raises(ClosedError, match="stopped"):
         scheduler.submit([1], SamplingParams())
-    scheduler.start()
-    assert len(scheduler.submit([1], SamplingParams(max_new_tokens=2)).result(timeout=10)) == 2
+    with pytest.raises(ClosedError, match="stopped"):
+        scheduler.start()
     scheduler.stop()
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_stop_can_let_requests_finish(threaded: bool) -> None:
+    scheduler = Scheduler(NumpyRunner(num_slots=1))
+    if threaded:
+        scheduler.start()
+    handles = [scheduler.submit([1], SamplingParams(max_new_tokens=9)) for _ in range(3)]
+    scheduler.stop(drain=True)
+    assert [handle.result(timeout=10).tokens for handle in handles] == [greedy_reference(NumpyRunner(), [1], 9)] * 3
+
+
+def test_a_defect_in_the_thread_fails_everyone_and_hangs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = Scheduler(NumpyRunner(num_slots=1))
+    monkeypatch.setattr(scheduler, "_prefill", lambda: 1 / 0)
+    handles = [scheduler.submit([1], SamplingParams()) for _ in range(3)]
+    scheduler.start()
+    for handle in handles:
+        with pytest.raises(RunnerError, match="ZeroDivisionError"):
+            handle.result(timeout=10)
+    with pytest.raises(ClosedError):
+        scheduler.submit([1])
+
+
+def test_one_bad_sequence_does_not_hurt_its_neighbours() -> None:
+    """A request that can no longer choose a token fails alone."""
+    scheduler = Scheduler(NumpyRunner())
+    good = scheduler.submit([1, 2], SamplingParams(max_new_tokens=12))
+    bad = scheduler.submit([3], SamplingParams(bad_sequences=tuple((t,) for t in range(23))))
+    assert good.result().tokens == greedy_reference(NumpyRunner(), [1, 2], 12)
+    with pytest.raises(RequestError, match="every token is forbidden"):
+        bad.result()
+
+
+def test_a_prompt_that_cannot_be_read_does_not_hurt_its_neighbours() -> None:
+    runner = NumpyRunner()
+    scheduler = Scheduler(runner)
+    good = scheduler.submit([1, 2], SamplingParams(max_new_tokens=12))
+    scheduler.step()
+    runner.fail["prefill"] = OSError("odd prompt")
+    with pytest.raises(RunnerError, match="odd prompt"):
+        scheduler.submit([3]).result()
+    assert good.result().tokens == greedy_reference(NumpyRunner(), [1, 2], 12)
+
+
+def test_slots_held_by_others_make_requests_wait_not_fail() -> None:
+    runner = NumpyRunner(num_slots=2)
+    runner.open()  # someone drives the runner beside the scheduler
+    scheduler = Scheduler(runner)
+    handles = [scheduler.submit([1], SamplingParams(max_new_tokens=3)) for _ in range(3)]
+    assert [handle.result().tokens for handle in handles] == [greedy_reference(NumpyRunner(), [1], 3)] * 3
+
+
+def test_cancel_for_a_stop_string_counts_as_completed() -> None:
+    scheduler = Scheduler(NumpyRunner())
+    handle = scheduler.submit([1], SamplingParams(max_new_tokens=30))
+    tokens = [event.token for event, _ in zip(handle, range(4), strict=False)]
+    handle.cancel("stop")
+    result = handle.result()
+    assert result.finish_reason == "stop" and result.tokens[:4] == tokens
+    assert (scheduler.stats().completed_total, scheduler.stats().cancelled_total) == (1, 0)
+
+
+def test_callbacks_see_every_event() -> None:
+    scheduler = Scheduler(NumpyRunner(num_slots=1))
+    seen: list[TokenEvent] = []
+    handle = scheduler.submit([1], SamplingParams(max_new_tokens=5), on_event=seen.append)
+    handle.result()
+    assert seen == list(handle) and [e.finish_reason for e in seen] == [None] * 4 + ["length"]
+
+
+def test_a_failing_callback_fails_its_request_alone() -> None:
+    def fail(event: TokenEvent) -> None:
+        raise OSError("client went away")
+
+    runner = NumpyRunner()
+    scheduler = Scheduler(runner)
+    bad = scheduler.submit([1], SamplingParams(max_new_tokens=5), on_event=fail)
+    good = scheduler.submit([1, 2], SamplingParams(max_new_tokens=5))
+    with pytest.raises(RunnerError, match="client went away"):
+        bad.result()
+    assert good.result().tokens == greedy_reference(NumpyRunner(), [1, 2], 5)
+    assert not runner.state
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_a_callback_may_cancel_or_stop(threaded: bool) -> None:
+    runner = NumpyRunner()
+    scheduler = Scheduler(runner)
+
+    def cancel(event: TokenEvent) -> None:
+        if event.index == 3:
+            first.cancel()
+
+    def stop(event: TokenEvent) -> None:
+        if event.index == 9:
+            scheduler.stop()
+
+    first = scheduler.submit([1], SamplingParams(max_new_tokens=20), on_event=cancel)
+    second = scheduler.submit([2], SamplingParams(max_new_tokens=20), on_event=stop)
+    third = scheduler.submit([3], SamplingParams(max_new_tokens=20))
+    if threaded:
+        scheduler.start()
+    assert all(handle.wait(10) for handle in (first, second, third))
+    scheduler.stop()
+    assert [h.finish_reason for h in (first, second, third)] == ["cancelled"] * 3
+    assert (len(first.tokens), len(second.tokens)) == (4, 10)
+    assert not runner.state and scheduler.stats().cancelled_total == 3
+
+
+def test_iterating_twice_gives_the_same_events() -> None:
+    handle = Scheduler(NumpyRunner()).submit([1], SamplingParams(max_new_tokens=5))
+    assert list(handle) == list(handle)
+
+
+def test_result_tells_everything() -> None:
+    asked = SamplingParams(max_new_tokens=4, logprobs=True, return_context_logits=True, return_generation_logits=True)
+    result = Scheduler(NumpyRunner()).submit([5, 6], asked).result()
+    whole = NumpyRunner().reference([5, 6, *result.tokens])
+    assert result.context_logits is not None and result.generation_logits is not None
+    np.testing.assert_array_equal(result.context_logits, whole[:2])
+    np.testing.assert_array_equal(result.generation_logits, whole[1:5])
+    assert result.cumulative_logprob == pytest.approx(sum(result.logprobs)) and len(result.logprobs) == 4
+    assert (result.prompt_tokens, result.finish_reason) == (2, "length")
+
+
+def test_threads_that_come_and_go_leave_no_slot_behind() -> None:
+    runner = NumpyRunner(num_slots=2)
+    scheduler = Scheduler(runner)
+    scheduler.start()
+
+    def ask(number: int) -> None:
+        handle = scheduler.submit(PROMPTS[number % len(PROMPTS)], SamplingParams(max_new_tokens=20))
+        if number % 3 == 0:
+            handle.cancel()
+        elif number % 3 == 1:
+            next(iter(handle))
+            handle.cancel()
+        assert handle.wait(20)
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    stats = scheduler.stats()
+    scheduler.stop()
+    assert not any(thread.is_alive() for thread in threads)
+    assert not runner.state and stats.free_slots == 2 and stats.queued == 0
+    assert stats.completed_total + stats.cancelled_total == stats.requests_total == 24
+
+
+@pytest.mark.parametrize("option", ["prefill_chunk", "max_queue"])
+def test_sizes_of_the_scheduler_are_checked(option: str) -> None:
+    with pytest.raises(RequestError, match=option):
+        Scheduler(NumpyRunner(), **{option: 0})
 
 
 def test_result_times_out() -> None:
@@ -230,13 +400,13 @@ def test_times_and_stats() -> None:
     for handle in handles:
         handle.result()
         t = handle.times
-        assert before <= t.arrival <= t.first_scheduled <= t.first_token < t.last_token <= time.monotonic_ns()
+        assert before <= t.arrival_ns <= t.first_scheduled_ns <= t.first_token_ns < t.last_token_ns <= time.monotonic_ns()
     with pytest.raises(RequestError):
         scheduler.submit([], SamplingParams())
     stats = scheduler.stats()
-    assert (stats.submitted, stats.completed, stats.rejected, stats.failed) == (3, 3, 1, 0)
-    assert (stats.prompt_tokens, stats.generated_tokens) == (9, 12)
-    assert stats.decode_rows == 9 and stats.active == stats.queued == 0
+    assert (stats.requests_total, stats.completed_total, stats.rejected_total, stats.failed_total) == (3, 3, 1, 0)
+    assert (stats.prompt_tokens_total, stats.generated_tokens_total) == (9, 12)
+    assert (stats.active, stats.queued, stats.free_slots) == (0, 0, 2)
 
 
 def test_context_and_generation_logits() -> None:
@@ -254,31 +424,31 @@ def test_context_and_generation_logits() -> None:
 def test_score_generates_nothing() -> None:
     scheduler = Scheduler(NumpyRunner(max_length=6), prefill_chunk=4)
     handle = scheduler.score([1, 2, 3, 4, 5, 6])  # as long as the cache
-    assert handle.result() == []
+    assert handle.result().tokens == []
     np.testing.assert_array_equal(handle.context_logits, NumpyRunner().reference([1, 2, 3, 4, 5, 6]))
 
 
 @pytest.mark.parametrize(
     ("prompt", "count", "message"),
     [
-        ([], 1, r"prompt length: expected 1\.\.64 tokens, found 0"),
-        ([1] * 65, 1, r"prompt length: expected 1\.\.64 tokens, found 65"),
-        ([1] * 60, 5, r"at most 64 tokens together, found 60 \+ 5"),
-        ([1, 23], 1, r"prompt\[1\]: expected a token id in 0\.\.22, found 23"),
-        ([-1], 1, r"prompt\[0\]: expected a token id in 0\.\.22, found -1"),
-        ([1.5], 1, "integer token ids"),
-        ([[1, 2]], 1, "flat list"),
-        ([[1], [1, 2]], 1, "flat list"),
-        ("ab", 1, "integer token ids"),
-        ([True], 1, "integer token ids"),
+        ([], 1, "the prompt is empty: expected at least one token"),
+        ([1] * 65, 1, "too long: expected at most 63 tokens, found 65"),
+        ([1] * 60, 5, r"at most 64 tokens, found 60 \+ 5.*at most 4 new tokens"),
+        ([1, 23], 1, "out of range: expected 0 to 22, found 23"),
+        ([-1], 1, "out of range: expected 0 to 22, found -1"),
+        ([1.5], 1, "not a list of token ids: expected integers"),
+        ([[1, 2]], 1, "one dimension"),
+        ([[1], [1, 2]], 1, "one dimension"),
+        ("ab", 1, "one dimension"),
+        ([True], 1, "not a list of token ids"),
     ],
 )
 def test_bad_prompts(prompt: object, count: int, message: str) -> None:
     scheduler = Scheduler(NumpyRunner())
     with pytest.raises(RequestError, match=message):
         scheduler.submit(prompt, SamplingParams(max_new_tokens=count))  # type: ignore[arg-type]
-    assert scheduler.stats().rejected == 1
+    assert scheduler.stats().rejected_total == 1
 
 
 def test_the_longest_request_fits() -> None:
-    assert len(Scheduler(NumpyRunner()).submit([1] * 60, SamplingParams(max_new_tokens=4)).result()) == 4
+    assert len(Scheduler(NumpyRunner()).submit([1] * 60, SamplingParams(max_new_tokens=4)).result().tokens) == 4

@@ -55,5 +55,5 @@ def repository(tiny_engine_folder: Path, tmp_path_factory: pytest.TempPathFactor
 def served(repository: Path, tiny_engine_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     log = tmp_path_factory.mktemp("log") / "server.txt"
     with load_engine(tiny_engine_folder, num_slots=SLOTS, threads=1) as engine:
-        with TritonServer(repository, log_path=log, start_timeout=30) as server:
+        with TritonServer(repository, log_path=log, start_timeout=90) as server:
             yield Served(server, engine)

@@ -23,7 +23,7 @@ def alive(pid: int) -> bool:
 
 
 def test_start_and_stop_again_and_again(repository, tmp_path):
-    server = TritonServer(repository, log_path=tmp_path / "log.txt", start_timeout=30)
+    server = TritonServer(repository, log_path=tmp_path / "log.txt", start_timeout=90)
     texts = []
     for _ in range(2):
         with server:
@@ -43,7 +43,7 @@ def test_a_repository_moved_elsewhere_serves(repository, tmp_path):
     moved = tmp_path / "a b" / "models"
     moved.parent.mkdir()
     moved.symlink_to(repository)
-    with TritonServer(moved, start_timeout=30) as server:
+    with TritonServer(moved, start_timeout=90) as server:
         assert generate_text(server.grpc_url, "def ", max_tokens=2)
 
 
@@ -52,7 +52,7 @@ def test_a_model_that_cannot_load_ends_the_start_with_the_log(tmp_path):
     (model / "1").mkdir(parents=True)
     (model / "config.pbtxt").write_text('name: "broken"\nbackend: "python"\nmax_batch_size: 0\n')
     (model / "1" / "model.py").write_text("raise ValueError('broken on purpose')\n")
-    server = TritonServer(tmp_path / "models", start_timeout=20)
+    server = TritonServer(tmp_path / "models", start_timeout=60)
     with pytest.raises(ServerError, match="broken on purpose"):
         server.start()
     assert server.pid is None
