@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -112,8 +113,9 @@ class TritonServer:
             raise ServerError(
                 "no model repository", expected="a folder", found=str(repository), remedy="Run package_engine first."
             )
-        self._work = tempfile.TemporaryDirectory(prefix="ngpt-triton-")
-        self.log_path = Path(log_path).absolute() if log_path is not None else Path(self._work.name) / "server.txt"
+        self._work = Path()
+        self._log_wanted = Path(log_path).absolute() if log_path is not None else None
+        self.log_path = self._log_wanted or Path()
         self._probe = probe
         self._start_timeout = start_timeout
         self._stop_timeout = stop_timeout
@@ -170,6 +172,8 @@ class TritonServer:
             raise ServerError("the server is already running", found=f"pid {self._process.pid}")
         check_numpy()
         home = triton_home()
+        self._work = Path(tempfile.mkdtemp(prefix="ngpt-triton-"))
+        self.log_path = self._log_wanted or self._work / "server.txt"
         backends = self._prepare_backends(home)
         # A port that was free when asked for may be taken by the time the server binds it.
         for attempt in range(3):
@@ -181,9 +185,10 @@ class TritonServer:
                 port_taken = self._process is not None and "already in use" in self._log_text().lower()
                 self._terminate()
                 if attempt == 2 or not port_taken:
+                    self.stop()
                     raise
             except BaseException:
-                self._terminate()
+                self.stop()
                 raise
 
     def wait(self) -> None:
@@ -197,8 +202,9 @@ class TritonServer:
     def stop(self) -> None:
         """Stop the server; does nothing when it is not running."""
         self._terminate()
-        self._work.cleanup()
-        self._work = tempfile.TemporaryDirectory(prefix="ngpt-triton-")
+        if self._work != Path():
+            shutil.rmtree(self._work, ignore_errors=True)
+            self._work = Path()
 
     def _prepare_backends(self, home: Path) -> Path:
         """The backend directory of the wheel with the stub for this interpreter (the wheel has one per version)."""
@@ -209,7 +215,7 @@ class TritonServer:
             raise ServerError(
                 "the Triton wheel has no stub for this Python", expected=have, found=version, remedy="Use one of these."
             )
-        backends = Path(self._work.name) / "backends"
+        backends = self._work / "backends"
         folder = backends / "python"
         folder.mkdir(parents=True, exist_ok=True)
         sources = [home / "backends" / "python" / "libtriton_python.so"]
@@ -256,7 +262,7 @@ class TritonServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self._environment(home),
-                cwd=self._work.name,
+                cwd=self._work,
                 start_new_session=True,
             )
         atexit.register(self._terminate)
@@ -281,8 +287,11 @@ class TritonServer:
         raise self._failure(f"no inference succeeded within {self._start_timeout:g} s ({last})")
 
     def _failure(self, what: str) -> ServerError:
-        tail = "\n".join(self._log_text().splitlines()[-_LOG_TAIL_LINES:])
-        return ServerError(what, remedy=f"The server's log ends with:\n{tail}")
+        lines = self._log_text().splitlines()
+        # A failing model is reported early, and followed by pages of tables.
+        errors = [line for line in lines[:-_LOG_TAIL_LINES] if line.startswith("E") or "Error" in line]
+        tail = "\n".join([*errors[:_LOG_TAIL_LINES], *lines[-_LOG_TAIL_LINES:]])
+        return ServerError(what, remedy=f"From the server's log:\n{tail}")
 
     def _log_text(self) -> str:
         return self.log_path.read_text(errors="replace") if self.log_path.is_file() else ""

@@ -29,6 +29,8 @@ class Tokenizer:
         # A ByteFallback decoder reads a run of <0xNN> tokens as a whole, so a later one can undo an earlier one.
         self._byte_runs = raw.decoder is not None and b"ByteFallback" in bytes(raw.decoder.__getstate__())
 
+        self._special = {at for at, token in raw.get_added_tokens_decoder().items() if token.special}
+
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
         """Reads a tokenizer.json, or the one in a folder (at most 256 MiB). Raises EngineFileError."""
@@ -75,6 +77,12 @@ class Tokenizer:
             if token < 0 or token >= 1 << 32:
                 raise RequestError("token", expected="an id of at least 0", found=str(token))
         return str(self.raw.decode([int(t) for t in tokens], skip_special_tokens=skip_special_tokens))
+
+    def is_silent(self, token: int, *, skip_special_tokens: bool = True) -> bool:
+        """Whether decode() passes over this token: an id it does not know, or a special token."""
+        if skip_special_tokens and token in self._special:
+            return True
+        return 0 <= token < 1 << 32 and self.raw.id_to_token(token) is None
 
     def may_change(self, token: int) -> bool:
         """Whether the text of this token can still be changed by the tokens after it."""
@@ -154,6 +162,8 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Add a token; returns the text that became certain with it (often one word, sometimes nothing)."""
+        if self._tokenizer.is_silent(token, skip_special_tokens=self._skip):
+            return self._search("")  # left out of the window too: bytes before and after it may make one character
         self._window.append(token)
         text = self._tokenizer.decode(self._window, skip_special_tokens=self._skip)
         piece = ""

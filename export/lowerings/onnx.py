@@ -21,6 +21,7 @@ from export.lowerings.base import Lowering
 from export.network import trace
 from export.quantize import Quantized, quantize
 from export.weights import DeployedWeights, inverse_root, position_diagonal, rope_tables
+from ngpt.errors import UnsupportedError
 
 OPSET = 23
 # Far below the mean square of any row but a zero one, which it turns into zeros instead of NaN.
@@ -294,7 +295,17 @@ class OnnxRuntime(OnnxPortable):
         return {"": OPSET, "com.microsoft": 1}
 
     def prepare(self) -> None:
-        """GroupQueryAttention wants each row's length less one, and the longest: both come from the attention mask."""
+        """GroupQueryAttention wants each row's length less one, and the longest: both come from the attention mask.
+
+        Raises UnsupportedError for a head size that kernel refuses.
+        """
+        if self.spec.head_dim % 8:
+            raise UnsupportedError(
+                "head_dim of an engine for ONNX Runtime's fused attention",
+                expected="a multiple of 8",
+                found=str(self.spec.head_dim),
+                remedy="build the target onnx-portable instead",
+            )
         one = self._constant("one", np.array([1], np.int64))
         count = self._node("ReduceSum", [self.attention_mask, one], "mask.lengths", keepdims=0)
         self.last = self._node("Cast", [self._node("Sub", [count, one], "mask.last")], "mask.seqlens_k", to=ir.DataType.INT32)

@@ -6,6 +6,7 @@ import torch
 
 from export.lowerings.onnx import OnnxPortable, OnnxRuntime
 from ngpt import NGPTConfig, NGPTForCausalLM
+from ngpt.errors import UnsupportedError
 from tests.export.test_onnx import export, feeds, session
 
 BASE = {
@@ -23,10 +24,9 @@ VARIANTS = {
     "silu": {"hidden_act": "silu"},
     "gelu": {"hidden_act": "gelu"},
     "gated": {"gated_mlp": True, "hidden_act": "silu", "mlp_norm_eps": 0.0},
-    "research positions with grouped queries": {"position_code": "research"},
+    "research positions without a gate": {"position_code": "research", "num_key_value_heads": 4},
     "odd vocabulary": {"vocab_size": 251},
     "odd sizes": {"hidden_size": 72, "intermediate_size": 100, "head_dim": 24},
-    "small heads": {"head_dim": 12},
     "other constants": {
         "sqk_init_value": 1.5, "attn_alpha_init_value": 0.2, "mlp_alpha_init_value": -0.1, "suv_init_value": 0.7,
         "suv_init_scaling": 2.0, "sz_init_value": 3.0,
@@ -54,6 +54,15 @@ class Case:
             self.ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 50))
             self.mask = np.ones_like(self.ids)
             self.logits = model.double()(torch.from_numpy(self.ids)).logits.numpy()
+
+
+def test_a_head_size_the_fused_kernel_refuses_is_refused_by_name_and_portable_takes_it(tmp_path):
+    case = Case({"head_dim": 12}, tmp_path / "checkpoint")
+    with pytest.raises(UnsupportedError, match="head_dim.*multiple of 8.*12.*onnx-portable"):
+        export(case, OnnxRuntime, tmp_path / "fused.onnx")
+    spec = export(case, OnnxPortable, tmp_path / "m.onnx")
+    got = session(tmp_path / "m.onnx").run(["logits"], feeds(spec, case.ids, case.mask))[0]
+    assert np.abs(got - case.logits).max() <= 2e-5
 
 
 @pytest.mark.parametrize("name", VARIANTS)

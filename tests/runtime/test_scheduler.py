@@ -174,7 +174,9 @@ def test_a_failing_runner_fails_its_requests_and_hangs_nobody(method: str, threa
     assert len({id(handle.error) for handle in handles}) == 4  # threads that raise one error would mix their traces
     assert not runner.state and scheduler.stats().failed_total == 4
     runner.fail.clear()
-    assert scheduler.submit([1], SamplingParams(max_new_tokens=5)).result(timeout=10).tokens == greedy_reference(NumpyRunner(), [1], 5)
+    assert scheduler.submit([1], SamplingParams(max_new_tokens=5)).result(timeout=10).tokens == greedy_reference(
+        NumpyRunner(), [1], 5
+    )
     scheduler.stop()
 
 

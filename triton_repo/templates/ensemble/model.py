@@ -28,7 +28,7 @@ from serving_inputs import (  # noqa: E402
     text_of,
     words_of,
 )
-from serving_triton import FINAL, Watcher, bad_request, error_response, inputs_of, parameter  # noqa: E402
+from serving_triton import FINAL, bad_request, error_response, inputs_of, parameter  # noqa: E402
 
 TOKENS_MODEL = "tensorrt_llm"
 # Outputs of the tokens model that go to the client as they are, from its last response.
@@ -54,7 +54,6 @@ class TritonPythonModel:
         self.vocab_size = int(parameter(config, "vocab_size"))
         self.max_length = int(parameter(config, "max_length"))
         self.exclude_input = parameter(config, "exclude_input_in_output", "false") == "true"
-        self.watcher = Watcher()
 
     def execute(self, requests):
         for request in requests:
@@ -70,9 +69,6 @@ class TritonPythonModel:
                 sender.send(error_response(pb_utils.TritonError(text)), flags=FINAL)
                 continue
             threading.Thread(target=self._run, args=(work,), daemon=True).start()
-
-    def finalize(self):
-        self.watcher.stop()
 
     def _read(self, request, sender):
         inputs = inputs_of(request)
@@ -107,27 +103,24 @@ class TritonPythonModel:
         return Work(sender, options, inner, name, stream, "" if exclude else text)
 
     def _run(self, work):
-        key = self.watcher.watch(work.sender, lambda: send_stop(work.name))
         error = None
         try:
-            for response in work.inner.exec(decoupled=True):
+            for response in locked(work.inner.exec, decoupled=True):
                 # Every response is taken, also those that come after the end: the iterator must not be left early.
                 if error is not None or work.ended:
                     continue
                 if response.has_error():
                     error = response.error()
-                elif work.take(response):
+                elif work.take(response) or work.cancelled():
                     send_stop(work.name)
             work.close()
         except Exception as caught:
             pb_utils.Logger.log_error(f"{type(caught).__name__}: {caught}")
             error = pb_utils.TritonError(f"{type(caught).__name__}: {caught}")
-        finally:
-            self.watcher.forget(key)
         if error is not None:
-            work.sender.send(error_response(error), flags=FINAL)
+            locked(work.sender.send, error_response(error), flags=FINAL)
         else:
-            work.sender.send(work.last(), flags=FINAL)
+            locked(work.sender.send, work.last(), flags=FINAL)
 
 
 def send_stop(name):
@@ -143,8 +136,17 @@ def send_stop(name):
             pb_utils.Tensor("stop", np.asarray([[True]])),
         ],
     )
-    for _response in stop.exec(decoupled=True):
+    for _response in locked(stop.exec, decoupled=True):
         pass
+
+
+LOCK = threading.Lock()
+
+
+def locked(call, *args, **options):
+    """One call into the server at a time: with many threads in it at once, responses of other models were seen to get lost."""
+    with LOCK:
+        return call(*args, **options)
 
 
 class Work:
@@ -172,8 +174,13 @@ class Work:
                 self.ended = True
                 return True
         if self.streaming and self.text:
-            self.sender.send(self._response([]))
+            locked(self.sender.send, self._response([]))
         return False
+
+    def cancelled(self):
+        """Whether the client has gone. Asked between two responses."""
+        self.ended = self.ended or locked(self.sender.is_cancelled)
+        return self.ended
 
     def close(self):
         """Take the text that was held back."""
