@@ -130,7 +130,7 @@ def _write_model(folder: Path, model: str, values: dict[str, str]) -> None:
     config = Template((_TEMPLATES / model / "config.pbtxt").read_text(encoding="utf-8"))
     (folder / "config.pbtxt").write_text(config.substitute(values), encoding="utf-8")
     _copy_files(_TEMPLATES / model, ("model.py",), version)
-    _copy_files(_TEMPLATES / "common", ("serving_triton.py",), version)
+    _copy_files(_TEMPLATES / "common", ("serving_triton.py", "engine_link.py"), version)
     _copy_files(_HERE, ("serving_inputs.py",), version)
     runtime = Path(engines.runtime.__file__).parent
     shutil.copytree(runtime, version / "runtime", ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))

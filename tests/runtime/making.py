@@ -8,7 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from tests.doubles.numpy_runner import NumpyRunner
 
 SPECIAL = ["<s>", "</s>", "<pad>"]
 CORPUS = [
@@ -104,3 +107,11 @@ def write_engine(folder: Path, tokenizer: Tokenizer | None = None, **changes: An
                 data["files"][path.name] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
     (folder / "manifest.json").write_text(json.dumps(data), encoding="utf-8")
     return folder
+
+
+def greedy_reference(runner: NumpyRunner, prompt: list[int], count: int) -> list[int]:
+    """Argmax over the whole sequence, anew for each token: no slots, no chunks, no batches."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(np.argmax(runner.reference(tokens)[-1])))
+    return tokens[len(prompt) :]

@@ -148,10 +148,10 @@ def test_streams() -> None:
 
 
 def test_a_stop_string_ends_the_request_and_frees_its_slot() -> None:
-    with make() as engine:
+    with make(max_length=10**6) as engine:
         whole = engine.generate_text("def f", 40, ignore_eos=True)
         stop = whole[5:8]
-        assert engine.generate_text("def f", 40, ignore_eos=True, stop=[stop]) == whole[: whole.index(stop)]
+        assert engine.generate_text("def f", 900_000, ignore_eos=True, stop=[stop]) == whole[: whole.index(stop)]
         engine.generate([[5]], 3, ignore_eos=True)  # takes more than one step, so the slot is free by now
         stats = engine.scheduler.stats()
         assert stats.free_slots == 3 and stats.completed_total == 3 and stats.cancelled_total == 0

@@ -11,6 +11,7 @@ import triton_python_backend_utils as pb_utils
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+from engine_link import EngineServer, address  # noqa: E402
 from runtime import SamplingParams, load_engine  # noqa: E402
 from runtime.errors import CapacityError, RequestError  # noqa: E402
 from serving_inputs import (  # noqa: E402
@@ -62,6 +63,7 @@ class TritonPythonModel:
         self.handles = {}
         self.lock = threading.Lock()
         self.metrics = Metrics(args["model_name"], METRICS)
+        self.link = EngineServer(address(HERE.parent), self._submit)
         self.watcher = Watcher(lambda: self.metrics.update(self.engine.scheduler.stats))
 
     def execute(self, requests):
@@ -80,6 +82,7 @@ class TritonPythonModel:
                 sender.send(error_response(pb_utils.TritonError(text)), flags=FINAL)
 
     def finalize(self):
+        self.link.stop()
         self.watcher.stop()
         self.engine.close()
 
@@ -96,14 +99,19 @@ class TritonPythonModel:
         sampling = dict(options.sampling)
         sampling["stop_sequences"] = sequences_of(inputs, "stop_words_list", self.vocab_size)
         sampling["bad_sequences"] = sequences_of(inputs, "bad_words_list", self.vocab_size)
-        if "eos_token_ids" not in sampling and not sampling.get("ignore_eos"):
-            sampling["eos_token_ids"] = tuple(self.engine.manifest.model.eos_token_ids)
-        handle = self.engine.scheduler.submit(prompt, SamplingParams(**sampling))
+        handle = self._submit(prompt, sampling)
         with self.lock:
             self.handles.setdefault(name, []).append(handle)
         answer = Answer(sender, options, prompt, options.wants("exclude_input", self.exclude_input))
         key = self.watcher.watch(sender, handle.cancel)
         threading.Thread(target=self._answer, args=(answer, handle, key, name), daemon=True).start()
+
+    def _submit(self, prompt, sampling):
+        """Queue a request; the model's own end tokens hold unless the request names others. Called from any thread."""
+        if "eos_token_ids" not in sampling and not sampling.get("ignore_eos"):
+            sampling["eos_token_ids"] = self.engine.manifest.model.eos_token_ids
+        lists = {key: _tuples(value) for key, value in sampling.items()}
+        return self.engine.scheduler.submit(prompt, SamplingParams(**lists))
 
     def _stop(self, name):
         if not name:
@@ -129,6 +137,10 @@ class TritonPythonModel:
                     del self.handles[name]
             self.watcher.forget(key)
         answer.finish(handle, failure)
+
+
+def _tuples(value):
+    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 class Answer:
