@@ -1,0 +1,47 @@
+"""`ngpt-deploy serve` and `generate` as two processes, as a user runs them."""
+
+import signal
+import socket
+import subprocess
+import sys
+
+from tests.conftest import ROOT
+from triton_repo.package import package_engine
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def test_serve_answers_generate_and_stops_on_ctrl_c(tiny_engine_folder, tmp_path):
+    package_engine(tiny_engine_folder, tmp_path / "models")
+    ports = [free_port() for _ in range(3)]
+    names = ("--http-port", "--grpc-port", "--metrics-port")
+    options = [word for pair in zip(names, ports, strict=True) for word in pair]
+    command = [sys.executable, "-m", "scripts.cli"]
+    server = subprocess.Popen(
+        [*command, "serve", str(tmp_path / "models"), *options], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert f"gRPC 127.0.0.1:{ports[1]}" in server.stdout.readline()
+        url = f"127.0.0.1:{ports[1]}"
+        run = subprocess.run(
+            [*command, "generate", "import os", "--url", url, "--max-tokens", "12"], cwd=ROOT, capture_output=True, text=True
+        )
+        local = subprocess.run(
+            [*command, "generate", "import os", "--engine", str(tiny_engine_folder), "--max-tokens", "12"],
+            cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        assert run.returncode == 0 and run.stdout == local.stdout and len(run.stdout) > 5
+        refused = subprocess.run(
+            [*command, "generate", "x", "--url", url, "--max-tokens", "0"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert refused.returncode == 2 and "max_tokens" in refused.stderr and "Traceback" not in refused.stderr
+        server.send_signal(signal.SIGINT)
+        assert server.wait(20) == 0
+    finally:
+        server.kill()
+        server.stdout.close()
+        server.wait()
