@@ -114,6 +114,7 @@ def verify_folder(folder: Path, checkpoint: Checkpoint, *, decode_steps: int = 6
             precision=target.precision,
             block_size=target.block_size,
             decode_steps=decode_steps,
+            name=f"{manifest.name}, {target.name}",
             taps=tap_function(checkpoint, target, Path(scratch)),
         )
     if report is not None:

@@ -133,7 +133,7 @@ def _write_model(folder: Path, model: str, values: dict[str, str]) -> None:
     _copy_files(_TEMPLATES / "common", ("serving_triton.py", "engine_link.py"), version)
     _copy_files(_HERE, ("serving_inputs.py",), version)
     runtime = Path(engines.runtime.__file__).parent
-    shutil.copytree(runtime, version / "runtime", ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    shutil.copytree(runtime, version / "runtime", ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "*.txt"))
 
 
 def _copy_files(source: Path, names: tuple[str, ...], target: Path) -> None:

@@ -221,9 +221,8 @@ def test_everything_that_can_be_returned(served):
     ],
 )
 def test_unsupported_requests_are_refused_by_name(served, options, name):
-    with pytest.raises(RequestRefused, match=f"{name}: expected") as refused:
+    with pytest.raises(RequestRefused, match=f"{name}: expected"):
         generate_text(served.url, PROMPT, **options)
-    assert refused.value.status == "INVALID_ARGUMENT"
 
 
 def test_neutral_options_change_nothing(served):
@@ -238,16 +237,14 @@ def test_neutral_options_change_nothing(served):
     [(b"\xff\xfe", "text_input: expected UTF-8"), ("", "text_input: "), ("a b " * 2000, "text_input: the prompt is too long")],
 )
 def test_bad_text_is_refused(served, prompt, message):
-    with pytest.raises(RequestRefused, match=message) as refused:
+    with pytest.raises(RequestRefused, match=message):
         generate_text(served.url, prompt, max_tokens=4)
-    assert refused.value.status == "INVALID_ARGUMENT"
 
 
 @pytest.mark.parametrize("token", [-1, 10**6])
 def test_token_ids_out_of_range_are_refused(served, token):
-    with pytest.raises(RequestRefused, match=f"input_ids: .*found {token}") as refused:
+    with pytest.raises(RequestRefused, match=f"input_ids: .*found {token}"):
         generate_tokens(served.url, [1, token], max_tokens=4)
-    assert refused.value.status == "INVALID_ARGUMENT"
 
 
 # --- cancellation

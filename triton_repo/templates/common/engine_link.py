@@ -68,8 +68,9 @@ def _exactly(connection, size):
 class EngineServer:
     """Answers connections with ``submit(prompt, sampling) -> handle`` of the scheduler, until ``stop``."""
 
-    def __init__(self, name, submit):
-        self._submit = submit
+    def __init__(self, name, submit, done):
+        """``done(handle)`` is called after the last message of each request."""
+        self._submit, self._done = submit, done
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(name)
         self._listener.listen(1024)
@@ -104,6 +105,7 @@ class EngineServer:
                     return
                 threading.Thread(target=_cancel_on_close, args=(connection, handle), daemon=True).start()
                 self._answer(connection, handle)
+                self._done(handle)
             except OSError:
                 return  # the client has gone, and its request with it
 
@@ -148,7 +150,8 @@ class EngineLink:
     def cancel(self):
         """Give the request up: its slot is free at the engine's next step. May be called from any thread, and again."""
         with contextlib.suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)
+            # Only our side: what the engine says at the end still arrives.
+            self._connection.shutdown(socket.SHUT_WR)
 
     def __iter__(self):
         with self._connection:

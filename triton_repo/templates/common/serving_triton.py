@@ -1,5 +1,6 @@
 """What the decoupled models share: reading requests, answering errors, noticing cancelled requests, metrics."""
 
+import collections
 import threading
 import time
 
@@ -7,6 +8,7 @@ import triton_python_backend_utils as pb_utils
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 WATCH_SECONDS = 0.01
+LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
 def inputs_of(request):
@@ -85,6 +87,8 @@ class Metrics:
         """``names``: metric name -> (attribute of Scheduler.stats(), "gauge" or "counter", help)."""
         self._metrics = []
         self._due = 0.0
+        self._latency = None
+        self._waiting = collections.deque(maxlen=10_000)
         try:
             for name, (key, kind, text) in names.items():
                 family_kind = pb_utils.MetricFamily.COUNTER if kind == "counter" else pb_utils.MetricFamily.GAUGE
@@ -92,16 +96,31 @@ class Metrics:
                 metric = family.Metric(labels={"model": model})
                 # The family must stay referenced: the server drops it with its Python object.
                 self._metrics.append((key, kind, metric, family))
+            if hasattr(pb_utils.MetricFamily, "HISTOGRAM"):  # older servers have none
+                self._latency_family = pb_utils.MetricFamily(
+                    name="ngpt_first_token_seconds",
+                    description="Seconds from arrival to first token",
+                    kind=pb_utils.MetricFamily.HISTOGRAM,
+                )
+                self._latency = self._latency_family.Metric(labels={"model": model}, buckets=list(LATENCY_BUCKETS))
         except Exception as error:
             pb_utils.Logger.log_warn(f"no custom metrics: {error}")
             self._metrics = []
 
+    def first_token(self, handle):
+        """Note the first-token latency of a finished request, to be published by the next ``update``."""
+        times = handle.times
+        if times.first_token_ns:
+            self._waiting.append((times.first_token_ns - times.arrival_ns) / 1e9)
+
     def update(self, stats):
-        """Publish at most ten times a second."""
+        """Publish at most ten times a second. One thread only: server 2.51 crashes when metrics are touched from several."""
         now = time.monotonic()
         if now < self._due:
             return
         self._due = now + 0.1
+        while self._latency is not None and self._waiting:
+            self._latency.observe(self._waiting.popleft())
         values = stats()
         for key, kind, metric, _family in self._metrics:
             value = float(getattr(values, key))

@@ -84,10 +84,11 @@ class TritonPythonModel:
             for header, arrays in link:
                 if "error" in header:
                     raise EngineError(header)
+                if work.stream.stopped and "token" in header:
+                    continue  # came before the engine noticed that the text has ended
                 work.take(header, arrays)
                 if work.stream.stopped:
                     link.cancel()
-                    break
             work.close()
             failure = None
         except EngineError as error:

@@ -63,7 +63,7 @@ class TritonPythonModel:
         self.handles = {}
         self.lock = threading.Lock()
         self.metrics = Metrics(args["model_name"], METRICS)
-        self.link = EngineServer(address(HERE.parent), self._submit)
+        self.link = EngineServer(address(HERE.parent), self._submit, self.metrics.first_token)
         self.watcher = Watcher(lambda: self.metrics.update(self.engine.scheduler.stats))
 
     def execute(self, requests):
@@ -137,6 +137,7 @@ class TritonPythonModel:
                     del self.handles[name]
             self.watcher.forget(key)
         answer.finish(handle, failure)
+        self.metrics.first_token(handle)
 
 
 def _tuples(value):
@@ -153,14 +154,10 @@ class Answer:
         self.exclude_input = exclude_input or self.streaming
         self.count, self.total_log_prob = 0, 0.0
         self.pending, self.log_probs, self.logits = [], [], []
-        self.first = True
 
     def add(self, event):
         if not event.has_token:
             return
-        # One response is always kept back, so that the last one can carry the final flag and the times.
-        if self.streaming and self.pending:
-            self.sender.send(self._response())
         self.pending.append(event.token)
         self.count += 1
         if event.logprob is not None:
@@ -168,6 +165,9 @@ class Answer:
             self.total_log_prob += event.logprob
         if self.options.wants("return_generation_logits") and event.logits is not None:
             self.logits.append(event.logits)
+        # The last token waits for finish(), whose response carries the final flag and the times.
+        if self.streaming and event.finish_reason is None:
+            self.sender.send(self._response())
 
     def finish(self, handle, failure):
         if failure is not None:
@@ -177,15 +177,17 @@ class Answer:
 
     def _response(self, handle=None):
         tokens = self.pending if self.exclude_input else self.prompt + self.pending
-        tensors = [
-            tensor("output_ids", [[tokens]], np.int32),
+        # Cancelled between two tokens: there is nothing new, and tensors without elements are not for the wire.
+        tensors = [tensor("output_ids", [[tokens]], np.int32)] if tokens else []
+        tensors += [
             tensor("sequence_length", [[len(tokens)]], np.int32),
             tensor("batch_index", [[0]], np.int32),
             tensor("sequence_index", [[0]], np.int32),
         ]
         if self.options.wants("return_log_probs"):
             tensors.append(tensor("cum_log_probs", [[self.total_log_prob]], np.float32))
-            tensors.append(tensor("output_log_probs", [[self.log_probs]], np.float32))
+            if self.log_probs:
+                tensors.append(tensor("output_log_probs", [[self.log_probs]], np.float32))
         if self.options.wants("return_generation_logits") and self.logits:
             tensors.append(tensor("generation_logits", [[self.logits]], np.float32))
         if handle is not None:
