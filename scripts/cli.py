@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -170,6 +171,8 @@ def _package(args: argparse.Namespace) -> int:
 def _serve(args: argparse.Namespace) -> int:
     from triton_repo.server import TritonServer
 
+    # A service manager's SIGTERM must stop the server we started, like Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     ports = {"http_port": args.http_port, "grpc_port": args.grpc_port, "metrics_port": args.metrics_port}
     with TritonServer(args.repository, log_path=args.log, **ports) as server:
         print(
