@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from ngpt.rope import research_tables
 from ngpt.spec import NGPTSpec
 from ngpt.weights import Weights
 
@@ -75,10 +76,8 @@ def rope_tables(spec: NGPTSpec) -> tuple[Array, Array]:
 
 def position_diagonal(spec: NGPTSpec) -> Array:
     """The research code's diagonal, float32 [max_length, D]: C at even, S at odd channels of its interleaved table."""
-    angles = np.arange(spec.max_length, dtype=np.float64)[:, None] * np.asarray(spec.inv_freq)[None, :]
-    table = np.stack((np.sin(angles), np.cos(angles)), axis=-1).reshape(spec.max_length, -1)
-    half = table.shape[1] // 2
-    diagonal: Array = np.stack((table[:, half:], table[:, :half]), axis=-1).reshape(spec.max_length, -1).astype(np.float32)
+    sines, cosines = research_tables(spec.inv_freq, spec.max_length)
+    diagonal: Array = np.stack((cosines, sines), axis=-1).reshape(spec.max_length, -1).astype(np.float32)
     return diagonal
 
 
