@@ -13,7 +13,6 @@
     │   └── UnsafeFormatError       a file format or a path that could run code or escape its folder
     ├── TargetError                 unknown or malformed target
     ├── EngineError
-    │   └── ManifestError
     ├── BuildError
     │   ├── OutputExistsError
     │   └── ParityFailedError
@@ -94,10 +93,6 @@ class TargetError(NGPTDeployError):
 
 class EngineError(NGPTDeployError):
     """An engine cannot be used."""
-
-
-class ManifestError(EngineError):
-    """An engine's manifest is missing or disagrees with its files."""
 
 
 class BuildError(NGPTDeployError):

@@ -81,9 +81,6 @@ class NGPTRotaryEmbedding(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
 
-    # transformers re-creates non-persistent buffers through this name when a model is loaded on the meta device.
-    compute_default_rope_parameters = default_frequencies
-
 
 class ResearchPositionCode(nn.Module):
     """The research code's position code: a signed swap within pairs and a diagonal; see rotate_research."""

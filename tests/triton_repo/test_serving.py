@@ -68,27 +68,6 @@ def test_concurrent_requests_do_not_disturb_each_other(served):
             assert found == [expected[prompt] for prompt in prompts]
 
 
-def test_a_text_request_that_waits_for_a_slot_is_cancelled_at_once(served):
-    """Closing the stream of a request that never got a slot leaves nothing queued."""
-    import time
-    from urllib.request import urlopen
-
-    def queued():
-        text = urlopen(f"http://127.0.0.1:{served.server.metrics_port}/metrics", timeout=5).read().decode()
-        lines = [line for line in text.splitlines() if line.startswith(("ngpt_requests_queued", "ngpt_requests_active"))]
-        return sum(float(line.split()[-1]) for line in lines)
-
-    with ThreadPoolExecutor(12) as pool:
-        streams = [stream_text(served.url, "def f(", max_tokens=400, end_id=-1) for _ in range(12)]
-        list(pool.map(next, streams[:4]))
-        for stream in streams:
-            stream.close()
-    deadline = time.monotonic() + 5
-    while queued() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert queued() == 0
-
-
 def test_emoji_split_over_several_tokens_arrive_whole(served):
     """The prompt is echoed by the tokens of an emoji alone: every other token is forbidden by the test's word list."""
     tokenizer = served.engine.tokenizer
