@@ -4,6 +4,7 @@ It knows no runtime; the packing below is two nibbles a byte, low nibble first, 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +21,17 @@ class Quantized:
     block_size: int
     columns: int
 
-    def dequantize(self) -> NDArray[np.float32]:
-        """The matrix the runtime multiplies by: float32 [N, K]."""
+    def codes(self) -> NDArray[np.int16]:
+        """The signed codes, zero point taken off: int16 [N, blocks * block_size]."""
         codes = self.data
         if self.bits == 4:
-            codes = np.stack((codes & 15, codes >> 4), axis=-1).reshape(*codes.shape[:2], -1)
-        wide = (codes.astype(np.float32) - (1 << (self.bits - 1))) * self.scales[..., None]
-        return np.ascontiguousarray(wide.reshape(len(wide), -1)[:, : self.columns])
+            codes = np.stack((codes & 15, codes >> 4), axis=-1)
+        return codes.reshape(len(codes), -1).astype(np.int16) - np.int16(1 << (self.bits - 1))
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """The matrix the runtime multiplies by: float32 [N, K]."""
+        blocks = self.codes().astype(np.float32).reshape(*self.scales.shape, -1) * self.scales[..., None]
+        return np.ascontiguousarray(blocks.reshape(len(blocks), -1)[:, : self.columns])
 
 
 def quantize(weight: NDArray[np.float32], bits: int, block_size: int = 32) -> Quantized:
@@ -53,3 +58,15 @@ def quantize(weight: NDArray[np.float32], bits: int, block_size: int = 32) -> Qu
 def quantize_dequantize(weight: NDArray[np.float32], bits: int, block_size: int = 32) -> NDArray[np.float32]:
     """What is left of a matrix [N, K] after `quantize`: float32 [N, K]."""
     return quantize(weight, bits, block_size).dequantize()
+
+
+def quantize_fp8(weight: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    """float32 [N, K] -> (float8_e4m3fn [N, K], scale float32 [N]); value = code * scale, the row's largest at 448.
+
+    Rows of nGPT's matrices have unit norm, so their largest values differ little and one scale a row loses little.
+    """
+    import ml_dtypes
+
+    largest = np.abs(weight).max(axis=1, keepdims=True)
+    scale = np.where(largest > 0, largest / np.float32(448), np.float32(1)).astype(np.float32)
+    return (weight / scale).astype(ml_dtypes.float8_e4m3fn), scale[:, 0]

@@ -6,7 +6,7 @@ renormalised after every step. The corpus is the .py files of the running interp
 one file in twenty, chosen by a hash of its name, is held out. The loss on those files is written beside the losses of a
 unigram and a smoothed trigram model over the same tokens.
 
-    python scripts/train_tiny.py --output examples/ngpt-tiny            # about 40 minutes on 2 cores
+    python scripts/train_tiny.py --output examples/ngpt-tiny            # about 30 minutes on 2 cores
     python scripts/train_tiny.py --output /tmp/try --steps 20           # a smoke test
 """
 
@@ -105,7 +105,9 @@ def train(model: NGPTForCausalLM, stream: np.ndarray, held_out: np.ndarray, args
             group["lr"] = args.learning_rate * (1 - step / args.steps)
         starts = rng.integers(0, len(stream) - CONTEXT, args.batch)
         batch = torch.stack([data[s : s + CONTEXT] for s in starts.tolist()])
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        # Matrix products in bfloat16 (the parameters stay float32): half the time on a CPU that has the instructions.
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -121,7 +123,7 @@ def train(model: NGPTForCausalLM, stream: np.ndarray, held_out: np.ndarray, args
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write the checkpoint to")
-    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps (default 3000)")
+    parser.add_argument("--steps", type=int, default=6000, help="optimiser steps (default 6000)")
     parser.add_argument("--batch", type=int, default=8, help=f"windows of {CONTEXT} tokens a step (default 8)")
     parser.add_argument("--learning-rate", type=float, default=0.01, help="at the first step; falls to 0 (default 0.01)")
     parser.add_argument("--seed", type=int, default=0)

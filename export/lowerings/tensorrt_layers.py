@@ -1,0 +1,195 @@
+"""Building blocks of the TensorRT lowering: named layers that are checked as they are made, constants, products, slices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.lowerings.base import Lowering
+from export.lowerings.spool import Spool
+from export.lowerings.tensorrt_library import Library
+from export.quantize import quantize, quantize_fp8
+from export.weights import DeployedWeights
+from ngpt.errors import UnsupportedError
+
+ARITHMETIC = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "fp16", "fp8": "fp16", "int4": "fp16"}
+"""Precision of an engine -> type of its arithmetic. Unit-norm states fit float16, whose steps are 8 times finer than bfloat16's."""
+INT4_BLOCK = 32
+
+
+class TensorRTLayers(Lowering[Any]):
+    """What every operation here is made of. Raises BuildError with the library's own reason where it refuses a layer."""
+
+    def __init__(self, weights: DeployedWeights, library: Library, network: Any, spool: Spool, precision: str = "fp16") -> None:
+        super().__init__(weights)
+        if precision not in ARITHMETIC:
+            raise UnsupportedError("precision of a TensorRT engine", expected=", ".join(ARITHMETIC), found=precision)
+        self.library, self.trt, self.network, self.spool = library, library.trt, network, spool
+        self.precision = precision
+        self.float32, self.int32 = library.dtype("fp32"), library.dtype("int32")
+        self.stored = library.dtype(ARITHMETIC[precision])
+        library.dtype(precision)  # refused by name before any work
+        self.values: dict[str, Any] = {}
+
+    def input(self, name: str, dtype: Any, shape: tuple[int, ...]) -> Any:
+        tensor = self.network.add_input(name, dtype, shape)
+        self.library.check(f"the input {name}")
+        self.values[name] = tensor
+        return tensor
+
+    def made(self, name: str, layer: Any) -> Any:
+        """A new layer, or BuildError with the library's reason."""
+        self.library.check(f"the layer {name}")
+        return layer
+
+    def out(self, name: str, layer: Any) -> Any:
+        """The named output of a layer; asking for its shape makes the library check the layer now."""
+        self.made(name, layer).name = name
+        tensor = layer.get_output(0)
+        tensor.name = name
+        len(tensor.shape)
+        self.library.check(f"the layer {name}")
+        self.values[name] = tensor
+        return tensor
+
+    def constant(self, name: str, array: NDArray[Any], dtype: Any = None, shape: Sequence[int] | None = None) -> Any:
+        """A constant; `dtype` and `shape` where they are not the array's own (bfloat16, 4-bit). Same name, same constant."""
+        if name not in self.values:
+            array = self.spool.add(np.ascontiguousarray(array))
+            shape = tuple(array.shape if shape is None else shape)
+            kind = dtype or {"f": self.float32, "i": self.int32}[array.dtype.kind]
+            weights = self.trt.Weights(kind, array.ctypes.data, int(np.prod(shape)))
+            self.out(name, self.network.add_constant(shape, weights))
+        return self.values[name]
+
+    def weight(self, name: str, load: Callable[[], NDArray[np.float32]], shape: Sequence[int]) -> Any:
+        """A tensor in the stored type."""
+        if name not in self.values:
+            return self.constant(name, rounded(load(), ARITHMETIC[self.precision]), self.stored, shape)
+        return self.values[name]
+
+    def scalar(self, name: str, value: float, rank: int) -> Any:
+        return self.constant(name, np.full((1,) * rank, value, np.float32))
+
+    def cast(self, name: str, x: Any, dtype: Any, *, always: bool = False) -> Any:
+        if x.dtype == dtype and not always:
+            return x
+        if x.dtype == dtype:
+            return self.out(name, self.network.add_identity(x))
+        return self.out(name, self.network.add_cast(x, dtype))
+
+    def wide(self, name: str, x: Any) -> Any:
+        return self.cast(name, x, self.float32)
+
+    def narrow(self, name: str, x: Any) -> Any:
+        return self.cast(name, x, self.stored)
+
+    def binary(self, name: str, x: Any, y: Any, operation: Any) -> Any:
+        """Elementwise; where the types differ, in float32."""
+        if x.dtype != y.dtype:
+            x, y = self.wide(f"{name}.x", x), self.wide(f"{name}.y", y)
+        return self.out(name, self.network.add_elementwise(x, y, operation))
+
+    def reshape(
+        self,
+        name: str,
+        x: Any,
+        shape: Sequence[int] | None,
+        then: Sequence[int] | None = None,
+        first: Sequence[int] | None = None,
+    ) -> Any:
+        """Transpose (`first`), reshape (0 keeps a dimension, -1 is inferred), transpose (`then`): one layer."""
+        if name in self.values:
+            return self.values[name]
+        layer = self.made(name, self.network.add_shuffle(x))
+        if first is not None:
+            layer.first_transpose = tuple(first)
+        if shape is not None:
+            layer.reshape_dims = tuple(shape)
+        if then is not None:
+            layer.second_transpose = tuple(then)
+        return self.out(name, layer)
+
+    def slice(self, name: str, x: Any, start: tuple[int, ...], fixed: tuple[int, ...]) -> Any:
+        """Part of x [B, *, S, *]; `fixed` states the sizes with 0 for B and S, which are known at run time only."""
+        size = self.size(x, fixed)
+        layer = self.network.add_slice(x, start, (0,) * len(start), (1,) * len(start))
+        self.made(name, layer).set_input(2, size)
+        return self.out(name, layer)
+
+    def size(self, x: Any, fixed: tuple[int, ...]) -> Any:
+        """`fixed` with B and S filled in as a shape tensor. Every tensor has the same two, so one per `fixed` serves all."""
+        name = "size." + "x".join(map(str, fixed))
+        if name not in self.values:
+            shape = self.out(f"{name}.shape", self.network.add_shape(x))
+            keep = self.constant64(f"{name}.keep", [int(f == 0) for f in fixed])
+            kept = self.binary(f"{name}.kept", shape, keep, self.trt.ElementWiseOperation.PROD)
+            self.binary(name, kept, self.constant64(f"{name}.fixed", list(fixed)), self.trt.ElementWiseOperation.SUM)
+        return self.values[name]
+
+    def constant64(self, name: str, values: list[int]) -> Any:
+        return self.constant(name, np.array(values, np.int64), self.trt.DataType.INT64)
+
+    def heads(self, name: str, x: Any, start: int, count: int) -> Any:
+        return self.slice(name, x, (0, start, 0, 0), (0, count, 0, self.spec.head_dim))
+
+    def channels(self, name: str, x: Any, start: int, count: int) -> Any:
+        return self.slice(name, x, (0, 0, 0, start), (0, int(x.shape[1]), 0, count))
+
+    def matmul(self, name: str, x: Any, parts: Sequence[str]) -> Any:
+        """x times the stacked matrices of `parts` (transposed), plus their stacked biases."""
+        columns = self.weights.shape(f"{parts[0]}.weight")[1]
+        rows = sum(self.weights.shape(f"{part}.weight")[0] for part in parts)
+        lead = (1,) * (len(x.shape) - 2)
+        matrix = self.matrix(f"{name}.weight", lambda: self.stack(parts, "weight"), rows, columns)
+        if lead:
+            matrix = self.reshape(f"{name}.weight.batched", matrix, (*lead, rows, columns))
+        operation = self.trt.MatrixOperation
+        x = self.narrow(f"{name}.input", x)
+        product = self.network.add_matrix_multiply(x, operation.NONE, matrix, operation.TRANSPOSE)
+        if not self.weights.has(f"{parts[0]}.bias"):
+            return self.out(name, product)
+        bias = self.weight(f"{name}.bias", lambda: self.stack(parts, "bias"), (*lead, 1, rows))
+        return self.add(name, self.out(f"{name}.product", product), bias)
+
+    def stack(self, parts: Sequence[str], kind: str) -> NDArray[np.float32]:
+        return np.concatenate([self.weights.get(f"{part}.{kind}") for part in parts])
+
+    def matrix(self, name: str, load: Callable[[], NDArray[np.float32]], rows: int, columns: int) -> Any:
+        """A weight matrix [rows, columns] in the stored type, dequantised in the network where it is stored narrower."""
+        precision = self.precision
+        if precision == "int4" and name.startswith("head."):
+            precision = "int8"  # the head decides between close tokens
+        if precision == "fp8":
+            codes, scale = quantize_fp8(load())
+            data = self.constant(f"{name}.data", codes, self.library.dtype("fp8"))
+        elif precision == "int8":
+            whole = quantize(load(), 8, columns + columns % 2)
+            codes, scale = whole.codes()[:, :columns].astype(np.int8), whole.scales[:, 0]
+            data = self.constant(f"{name}.data", codes, self.library.dtype("int8"))
+        elif precision == "int4":
+            blocks = quantize(load(), 4, INT4_BLOCK)
+            if columns % INT4_BLOCK:
+                raise UnsupportedError(f"int4: columns of {name}", expected=f"a multiple of {INT4_BLOCK}", found=str(columns))
+            # Two's complement instead of an offset of 8: flip each nibble's highest bit.
+            packed = (blocks.data ^ np.uint8(0x88)).reshape(rows, columns // 2)
+            data, scale = self.constant(f"{name}.data", packed, self.library.dtype("int4"), (rows, columns)), blocks.scales
+        else:
+            return self.weight(name, load, (rows, columns))
+        factors = self.weight(f"{name}.scales", lambda: scale, scale.shape)
+        layer = self.network.add_dequantize(data, factors, self.stored)
+        if len(scale.shape) == 1:
+            self.made(name, layer).axis = 0
+        return self.out(name, layer)
+
+
+def rounded(array: NDArray[np.float32], precision: str) -> NDArray[Any]:
+    """float32 rounded to the stored type; bfloat16 as ml_dtypes' type."""
+    if precision == "bf16":
+        import ml_dtypes
+
+        return array.astype(ml_dtypes.bfloat16)
+    return array.astype({"fp32": np.float32, "fp16": np.float16}[precision], copy=False)
