@@ -111,7 +111,7 @@ class OnnxPortable(Lowering[ir.Value]):
             return self._join(name, self._node("Mul", [self._split(name, x, heads), diagonal], f"{name}.turned"))
         cos, sin = self._rope_tables()
         # The operator indexes the caches by position_ids; the rotated width is explicit for partial rotary embedding.
-        by_head = self._node("Transpose", [self._split(name, x, heads)], f"{name}.by_head", perm=[0, 2, 1, 3])
+        by_head = self._by_head(name, x, heads)
         turned = self._node(
             "RotaryEmbedding", [by_head, cos, sin, self.position_ids], f"{name}.turned", rotary_embedding_dim=self._rotary()
         )
@@ -161,18 +161,17 @@ class OnnxPortable(Lowering[ir.Value]):
         return self._node("Mul", [positive, positive], name)
 
     def attention(self, name: str, layer: int, q: ir.Value, k: ir.Value, v: ir.Value, scale: float) -> ir.Value:
-        past = [self.inputs[f"past_key_values.{layer}.{kind}"] for kind in ("key", "value")]
-        outputs = [name, f"present.{layer}.key", f"present.{layer}.value"]
-        out, *present = self._nodes(
-            "Attention",
-            [q, k, v, self.mask, *past],
-            outputs,
-            scale=scale,
-            q_num_heads=self.spec.num_heads,
-            kv_num_heads=self.spec.num_kv_heads,
-        )
+        """The cache is concatenated outside of Attention: TensorRT's ONNX parser refuses one with present outputs."""
+        heads, keys = self.spec.num_heads, self.spec.num_kv_heads
+        queries = self._by_head(f"{name}.queries", q, heads)
+        present = []
+        for kind, new in (("key", k), ("value", v)):
+            past = self.inputs[f"past_key_values.{layer}.{kind}"]
+            new = self._by_head(f"{name}.new_{kind}", new, keys)
+            present.append(self._node("Concat", [past, new], f"present.{layer}.{kind}", axis=2))
         self._present(present)
-        return out
+        out = self._node("Attention", [queries, *present, self.mask], f"{name}.by_head", scale=scale)
+        return self._join(name, self._node("Transpose", [out], f"{name}.by_token", perm=[0, 2, 1, 3]))
 
     # -- building blocks -----------------------------------------------------------------------------------------------
 
@@ -266,6 +265,9 @@ class OnnxPortable(Lowering[ir.Value]):
     def _split(self, name: str, x: ir.Value, heads: int) -> ir.Value:
         shape = self._constant(f"heads.{heads}", np.array([0, 0, heads, self.spec.head_dim], np.int64))
         return self._node("Reshape", [x, shape], f"{name}.heads")
+
+    def _by_head(self, name: str, x: ir.Value, heads: int) -> ir.Value:
+        return self._node("Transpose", [self._split(name, x, heads)], f"{name}.by_head", perm=[0, 2, 1, 3])
 
     def _join(self, name: str, x: ir.Value) -> ir.Value:
         return self._node("Reshape", [x, self._constant("flat", np.array([0, 0, -1], np.int64))], name)
