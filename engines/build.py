@@ -8,6 +8,7 @@ import errno
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -16,21 +17,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from engines.device import detect, target_for
 from engines.genai import genai_config
-from engines.target import Target, load_target
+from engines.onnx_graph import export_graph, tap_function
+from engines.plan import build_plan
+from engines.sizing import check_fits
+from engines.target import AUTO, DEFAULT, Profile, Target, load_target
+from export.lowerings.tensorrt_layers import ARITHMETIC
+from export.lowerings.tensorrt_library import Library, load_library
 from export.weights import DeployedWeights
 from ngpt.checkpoint import Checkpoint, open_checkpoint
-from ngpt.errors import BuildError, MissingPackageError, OutputExistsError
+from ngpt.errors import BuildError, OutputExistsError
 from ngpt.weights import Weights
 
 Progress = Callable[[str, float], None]
 """Called as progress(what is being done, fraction done of all)."""
-# Protobuf ends at 2 GB, and a file that is mapped beats one that is parsed long before that.
-EXTERNAL_DATA_FROM = 64 << 20
-_BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8": 1.125, "int4": 0.625}
+ONNX_NAME, PLAN_NAME = "model.onnx", "model.engine"
+_NUMPY = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.125, "fp8": 1.0, "int4": 0.625}
 
 
 def build_engine(
@@ -38,6 +42,7 @@ def build_engine(
     target: str,
     output: str | Path,
     *,
+    precision: str | None = None,
     name: str | None = None,
     verify: bool = True,
     progress: Progress | None = None,
@@ -45,24 +50,28 @@ def build_engine(
     """Build the engine of a checkpoint for a target; returns the folder.
 
     An engine that fails parity is still written, with the verdict in its manifest: the report says where it parts ways.
-    Raises the checkpoint's errors, TargetError, OutputExistsError, BuildError (disk full, output not writable).
+    Target "auto" is the one of this machine's GPU, or the default where there is none; `precision` is one that the target
+    offers. Verified where the engine can run on this machine.
+    Raises the checkpoint's errors, TargetError (unknown, or a card the model does not fit), OutputExistsError, MissingPackageError,
+    BuildError (disk full, output not writable, refused by the runtime's builder).
     """
-    chosen, folder, report = load_target(target), Path(output), progress or (lambda what, done: None)
+    chosen, folder, report = choose_target(target, precision), Path(output), progress or (lambda what, done: None)
+    library = None if chosen.on_onnx else load_library(chosen.runtime)  # refused before anything is read
     if folder.exists():
         raise OutputExistsError(
             f"{folder} exists", expected="a folder that does not exist yet", remedy="choose another --output, or remove it"
         )
     with open_checkpoint(checkpoint) as opened:
+        if chosen.gpu is not None:
+            check_fits(opened.spec, chosen)
         opened.validate(lambda done, total, what: report(f"checking {what}", 0.2 * done / max(total, 1)))
         with _atomic_folder(folder, _estimate(opened, chosen)) as work:
-            weights = DeployedWeights(Weights(opened), half_precision=chosen.precision == "fp16")
-            export_graph(weights, chosen, work / "model.onnx", lambda what, part: report(what, 0.2 + 0.5 * part))
+            flags = _write_network(opened, chosen, library, work, lambda what, part: report(what, 0.2 + 0.5 * part))
             for path in opened.tokenizer_files:
                 shutil.copyfile(path, work / path.name)
-            _write_json(work / "genai_config.json", genai_config(opened.spec, chosen))
-            manifest = _manifest(opened, chosen, name or Path(checkpoint).resolve().name)
+            manifest = _manifest(opened, chosen, library, name or Path(checkpoint).resolve().name, flags)
             _finish(work, manifest)
-            if verify and chosen.executed:
+            if verify and runs_here(chosen):
                 report("verifying against PyTorch", 0.75)
                 manifest["parity"] = verify_folder(work, opened)
                 _finish(work, manifest)
@@ -70,31 +79,44 @@ def build_engine(
     return folder
 
 
-def export_graph(
-    weights: DeployedWeights, target: Target, path: Path, progress: Progress | None = None, taps: tuple[str, ...] = ()
-) -> None:
-    """Write the target's ONNX graph; tensors are read, folded, quantised and written one at a time.
+def choose_target(name: str, precision: str | None = None) -> Target:
+    """A target by name; "auto" is the one of this machine's GPU, else the default. Raises TargetError."""
+    if name == AUTO:
+        device = detect()
+        name = DEFAULT if device is None else target_for(device).name
+    return load_target(name, precision)
 
-    Raises MissingPackageError when the exporter's packages are not installed.
-    """
-    try:
-        import onnx_ir as ir
 
-        from export.lowerings.onnx import OnnxPortable, OnnxRuntime
-    except ImportError as error:
-        raise MissingPackageError(f"exporting needs {error.name}", remedy="pip install 'ngpt-deploy[onnx]'") from error
-    lowering = OnnxPortable if target.form == "portable" else OnnxRuntime
-    model = lowering(weights, target.precision, target.block_size).model(taps)
-    sizes = [value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None]
+def runs_here(target: Target) -> bool:
+    """Whether an engine of the target can be run, and so verified, on this machine."""
+    if target.gpu is None:
+        return target.executed
+    device = detect()
+    return device is not None and device.compute_capability == target.gpu.compute_capability
 
-    def step(tensor: Any, info: Any) -> None:
-        if progress is not None:
-            progress(f"writing {tensor.name}", info.index / max(info.total, 1))
 
-    if sum(sizes) < EXTERNAL_DATA_FROM:
-        ir.save(model, path)
-    else:
-        ir.save(model, path, external_data=path.name + ".data", size_threshold_bytes=1024, callback=step)
+def _write_network(
+    checkpoint: Checkpoint, target: Target, library: Library | None, work: Path, progress: Progress
+) -> dict[str, Any]:
+    """Write the engine's network into `work`; returns what the manifest says of it beside the target's own fields."""
+    half = arithmetic(target.precision, target.on_onnx) == "fp16"
+    weights = DeployedWeights(Weights(checkpoint), half_precision=half)
+    flags = {"form": target.form, "block_size": target.block_size}
+    if library is None:
+        export_graph(weights, target, work / ONNX_NAME, progress)
+        _write_json(work / "genai_config.json", genai_config(checkpoint.spec, target))
+        return flags
+    assert target.gpu is not None and target.profile is not None
+    batch = min(check_fits(checkpoint.spec, target).rows, target.profile.decode_batch)
+    tokens = min(target.profile.prefill_tokens, checkpoint.spec.max_length)
+    profile = Profile(prefill_tokens=tokens, decode_batch=batch)
+    build_plan(weights, dataclasses.replace(target, profile=profile), library, work / PLAN_NAME, progress=progress)
+    return flags | dataclasses.asdict(profile) | {"compute_capability": target.gpu.compute_capability}
+
+
+def arithmetic(precision: str, on_onnx: bool) -> str:
+    """The type an engine computes in: int8 and int4 are widths of weights."""
+    return {"int8": "fp32", "int4": "fp32"}.get(precision, precision) if on_onnx else ARITHMETIC[precision]
 
 
 def verify_folder(folder: Path, checkpoint: Checkpoint, *, decode_steps: int = 64, report: Path | None = None) -> dict[str, Any]:
@@ -105,7 +127,7 @@ def verify_folder(folder: Path, checkpoint: Checkpoint, *, decode_steps: int = 6
     from engines.runtime.onnx_runner import OnnxRunner
 
     manifest = read_manifest(folder)
-    target = load_target(manifest.target.name)
+    target = load_target(manifest.target.name, manifest.target.precision)
     runner = OnnxRunner(folder, manifest, num_slots=PARITY_SLOTS)
     with tempfile.TemporaryDirectory() as scratch:
         result = verify(
@@ -123,35 +145,11 @@ def verify_folder(folder: Path, checkpoint: Checkpoint, *, decode_steps: int = 6
     return {"verdict": result.verdict, "report": "parity.json", "html": "parity.html", **result.summary}
 
 
-def tap_function(
-    checkpoint: Checkpoint, target: Target, scratch: Path
-) -> Callable[[NDArray[np.int64]], dict[str, NDArray[np.float32]]]:
-    """A second graph of the same lowering whose hidden states are outputs: ids [T] -> {tap name: float32 [T, E]}."""
-    import onnxruntime
-
-    spec = checkpoint.spec
-    names = ("embed", *(f"layers.{i}.{part}.update" for i in range(spec.num_layers) for part in ("attn", "mlp")))
-    weights = DeployedWeights(Weights(checkpoint), half_precision=target.precision == "fp16")
-    export_graph(weights, target, scratch / "taps.onnx", taps=names)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(scratch / "taps.onnx"), options, providers=list(target.providers))
-    dtype = np.float16 if target.precision == "fp16" else np.float32
-    empty = np.zeros((1, spec.num_kv_heads, 0, spec.head_dim), dtype)
-    past = {f"past_key_values.{i}.{kind}": empty for i in range(spec.num_layers) for kind in ("key", "value")}
-
-    def run(ids: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
-        positions = np.arange(len(ids), dtype=np.int64)[None]
-        feeds = past | {"input_ids": ids[None], "attention_mask": np.ones_like(positions), "position_ids": positions}
-        return {name: value[0].astype(np.float32) for name, value in zip(names, session.run(list(names), feeds), strict=True)}
-
-    return run
-
-
 def _estimate(checkpoint: Checkpoint, target: Target) -> int:
     weights = Weights(checkpoint)
-    count = sum(int(np.prod(weights.shape(name))) for name in weights.names())
-    return int(count * _BYTES_PER_WEIGHT[target.precision]) + (16 << 20)
+    count = sum(math.prod(weights.shape(name)) for name in weights.names())
+    # A plan is built from a scratch file of the same weights.
+    return int(count * _BYTES_PER_WEIGHT[target.precision]) * (1 if target.on_onnx else 2) + (16 << 20)
 
 
 @contextmanager
@@ -185,9 +183,14 @@ def _atomic_folder(folder: Path, needed: int) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _manifest(checkpoint: Checkpoint, target: Target, name: str) -> dict[str, Any]:
+def _manifest(
+    checkpoint: Checkpoint, target: Target, library: Library | None, name: str, flags: dict[str, Any]
+) -> dict[str, Any]:
     spec = checkpoint.spec
-    packages = ("ngpt-deploy", "torch", "transformers", "onnx-ir", "onnxruntime", "numpy")
+    packages = ["ngpt-deploy", "torch", "transformers", "numpy", *(["onnx-ir", "onnxruntime"] if target.on_onnx else [])]
+    tools = {package: found for package in packages if (found := _version(package)) is not None}
+    if library is not None:
+        tools[library.name] = library.version
     return {
         "schema_version": 1,
         "name": name,
@@ -197,7 +200,7 @@ def _manifest(checkpoint: Checkpoint, target: Target, name: str) -> dict[str, An
             "runtime": target.runtime,
             "providers": list(target.providers),
             "precision": target.precision,
-            "cache": target.cache,
+            "cache": target.cache if library is None or library.has_cache_update else "past-present",
             "executed": target.executed,
             "note": target.note,
         },
@@ -210,15 +213,15 @@ def _manifest(checkpoint: Checkpoint, target: Target, name: str) -> dict[str, An
             "num_kv_heads": spec.num_kv_heads,
             "head_dim": spec.head_dim,
             "max_length": spec.max_length,
-            "cache_dtype": "float16" if target.precision == "fp16" else "float32",
+            "cache_dtype": _NUMPY[arithmetic(target.precision, target.on_onnx)],
             "bos_token_id": spec.bos_token_id,
             "eos_token_ids": list(spec.eos_token_ids),
             "pad_token_id": spec.pad_token_id,
         },
-        "graph": "model.onnx",
+        "graph": ONNX_NAME if target.on_onnx else PLAN_NAME,
         "digests": {"weights": checkpoint.digest(), "spec": _prefixed(spec.digest()), "code": code_digest()},
-        "tools": {package: found for package in packages if (found := _version(package)) is not None},
-        "flags": {key: value for key, value in dataclasses.asdict(target).items() if key in ("form", "block_size")},
+        "tools": tools,
+        "flags": flags,
         "files": {},
         "parity": None,
     }
@@ -242,7 +245,13 @@ def _finish(folder: Path, manifest: dict[str, Any]) -> None:
 def code_digest() -> str:
     """Digest of the sources that decide what an engine computes: the packages ngpt and export, and this one's builder."""
     root, total = Path(__file__).resolve().parents[1], hashlib.sha256()
-    for path in sorted([*root.glob("ngpt/**/*.py"), *root.glob("export/**/*.py"), root / "engines" / "build.py"]):
+    for path in sorted(
+        [
+            *root.glob("ngpt/**/*.py"),
+            *root.glob("export/**/*.py"),
+            *(root / "engines" / name for name in ("build.py", "onnx_graph.py", "plan.py")),
+        ]
+    ):
         total.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return f"sha256:{total.hexdigest()}"
 

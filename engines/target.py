@@ -1,5 +1,6 @@
 """Targets: what an engine is built for, one TOML file each under engines/targets."""
 
+import dataclasses
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,22 +10,52 @@ from ngpt.errors import TargetError
 
 FOLDER = Path(__file__).parent / "targets"
 DEFAULT = "cpu-int8"
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A card: compute capability such as "9.0", memory in 10**9 bytes, memory bandwidth in 10**9 bytes per second."""
+
+    compute_capability: str
+    memory_gb: float
+    bandwidth_gb_per_s: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a plan is optimised for: the longest piece of a prompt read at once, and the most sequences decoded at once."""
+
+    prefill_tokens: int
+    decode_batch: int
 
 
 @dataclass(frozen=True)
 class Target:
-    """A runtime, a form of the graph and a precision. `executed` says whether this project has seen it run."""
+    """A runtime, a form of the network and a precision. `executed` says whether this project has seen it run.
+
+    `gpu` and `profile` are there for TensorRT targets and for them alone. Form "ort" is ONNX with ONNX Runtime's kernels,
+    "portable" standard ONNX, "native" a TensorRT network of its own layers, "plugins" one with this project's kernels.
+    """
 
     name: str
     description: str
-    runtime: Literal["onnxruntime"]
-    form: Literal["ort", "portable"]
-    precision: Literal["fp32", "fp16", "int8", "int4"]
+    runtime: Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
+    form: Literal["ort", "portable", "native", "plugins"]
+    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
     block_size: int
     cache: Literal["in-place", "growing"]
     providers: tuple[str, ...]
     executed: bool
     note: str
+    precisions: tuple[str, ...] = ()
+    gpu: Gpu | None = None
+    profile: Profile | None = None
+
+    @property
+    def on_onnx(self) -> bool:
+        """Whether the engine is an ONNX graph."""
+        return self.runtime == "onnxruntime"
 
 
 def target_names() -> list[str]:
@@ -32,8 +63,11 @@ def target_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
-def load_target(name: str) -> Target:
-    """Read a target by name. Raises TargetError for an unknown name or a malformed file."""
+def load_target(name: str, precision: str | None = None) -> Target:
+    """Read a target by name, in its own precision or another that it offers.
+
+    Raises TargetError for an unknown name, a precision the target does not offer, or a malformed file.
+    """
     if name not in target_names():
         raise TargetError(
             f"unknown target {name!r}", expected="one of " + ", ".join(target_names()), remedy="pass one of them as --target"
@@ -43,8 +77,25 @@ def load_target(name: str) -> Target:
         values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise TargetError(f"{path} is not TOML", found=str(error)) from error
+    optional = {field.name for field in fields(Target) if field.default is not dataclasses.MISSING}
     wanted = {field.name for field in fields(Target)} - {"name"}
-    if set(values) != wanted:
-        raise TargetError(f"{path} has the wrong keys", expected=", ".join(sorted(wanted)), found=", ".join(sorted(values)))
-    values["providers"] = tuple(values["providers"])
-    return Target(name=name, **values)
+    if missing := sorted(wanted - optional - set(values)):
+        raise TargetError(f"{path} lacks keys", expected=", ".join(sorted(wanted)), found=f"no {', '.join(missing)}")
+    if unknown := sorted(set(values) - wanted):
+        raise TargetError(f"{path} has unknown keys", expected=", ".join(sorted(wanted)), found=", ".join(unknown))
+    try:
+        values |= {"gpu": Gpu(**values["gpu"])} if "gpu" in values else {}
+        values |= {"profile": Profile(**values["profile"])} if "profile" in values else {}
+    except TypeError as error:
+        raise TargetError(f"{path} has wrong keys under gpu or profile", found=str(error)) from error
+    for key in ("providers", "precisions"):
+        values[key] = tuple(values.get(key, ()))
+    target = Target(name=name, **values)
+    if precision is None or precision == target.precision:
+        return target
+    if precision not in target.precisions:
+        raise TargetError(
+            f"precision of the target {name}", expected=", ".join(target.precisions or (target.precision,)), found=precision,
+            remedy="choose another --precision or --target",
+        )  # fmt: skip
+    return dataclasses.replace(target, precision=precision)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.runtime.errors import ServingError
-from engines.target import DEFAULT, load_target, target_names
+from engines.target import AUTO, DEFAULT, load_target, target_names
 from ngpt.errors import NGPTDeployError, ParityFailedError
 
 EPILOG = """examples:
@@ -43,7 +43,10 @@ def parser() -> argparse.ArgumentParser:
     targets = "; ".join(f"{name}: {load_target(name).description}" for name in target_names())
     build = command("build", _build, "Build the engine of a checkpoint for a target and verify it against PyTorch.")
     build.add_argument("--checkpoint", required=True, help="Hugging Face directory, or the research code's ckpt.pt")
-    build.add_argument("--target", default=DEFAULT, help=targets)
+    build.add_argument("--target", default=DEFAULT, help=f"{targets}; {AUTO}: that of this machine's GPU, else {DEFAULT}")
+    build.add_argument(
+        "--precision", help="another one that the target offers (TensorRT targets: fp16, bf16, fp32, int8, fp8, int4)"
+    )
     build.add_argument("--output", required=True, help="engine folder to make; must not exist")
     build.add_argument("--name", help="name in the manifest; the checkpoint folder's if not given")
     build.add_argument("--no-verify", action="store_true", help="skip parity; the packager will then refuse the engine")
@@ -126,7 +129,10 @@ def _build(args: argparse.Namespace) -> int:
     from engines.build import build_engine
 
     with Bar() as bar:
-        folder = build_engine(args.checkpoint, args.target, args.output, name=args.name, verify=not args.no_verify, progress=bar)
+        folder = build_engine(
+            args.checkpoint, args.target, args.output, precision=args.precision, name=args.name, verify=not args.no_verify,
+            progress=bar,
+        )  # fmt: skip
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     print(f"engine   {folder}")
     _print_verdict(manifest, folder)

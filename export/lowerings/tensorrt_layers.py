@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from export.lowerings.base import Lowering
 from export.lowerings.spool import Spool
-from export.lowerings.tensorrt_library import Library
+from export.lowerings.tensorrt_library import Library, Progress
 from export.quantize import quantize, quantize_fp8
 from export.weights import DeployedWeights
 from ngpt.errors import UnsupportedError
@@ -23,12 +24,20 @@ INT4_BLOCK = 32
 class TensorRTLayers(Lowering[Any]):
     """What every operation here is made of. Raises BuildError with the library's own reason where it refuses a layer."""
 
-    def __init__(self, weights: DeployedWeights, library: Library, network: Any, spool: Spool, precision: str = "fp16") -> None:
+    def __init__(
+        self,
+        weights: DeployedWeights,
+        library: Library,
+        network: Any,
+        spool: Spool,
+        precision: str,
+        progress: Progress | None,
+    ) -> None:
         super().__init__(weights)
         if precision not in ARITHMETIC:
             raise UnsupportedError("precision of a TensorRT engine", expected=", ".join(ARITHMETIC), found=precision)
         self.library, self.trt, self.network, self.spool = library, library.trt, network, spool
-        self.precision = precision
+        self.precision, self.progress = precision, progress
         self.float32, self.int32 = library.dtype("fp32"), library.dtype("int32")
         self.stored = library.dtype(ARITHMETIC[precision])
         library.dtype(precision)  # refused by name before any work
@@ -50,7 +59,8 @@ class TensorRTLayers(Lowering[Any]):
         self.made(name, layer).name = name
         tensor = layer.get_output(0)
         tensor.name = name
-        len(tensor.shape)
+        with contextlib.suppress(RuntimeError):  # an impossible shape; the log says why
+            len(tensor.shape)
         self.library.check(f"the layer {name}")
         self.values[name] = tensor
         return tensor
@@ -141,6 +151,9 @@ class TensorRTLayers(Lowering[Any]):
 
     def matmul(self, name: str, x: Any, parts: Sequence[str]) -> Any:
         """x times the stacked matrices of `parts` (transposed), plus their stacked biases."""
+        if self.progress is not None:
+            layer = name.split(".")[1] if "." in name else str(self.spec.num_layers)
+            self.progress(f"reading {name}", int(layer) / (self.spec.num_layers + 1))
         columns = self.weights.shape(f"{parts[0]}.weight")[1]
         rows = sum(self.weights.shape(f"{part}.weight")[0] for part in parts)
         lead = (1,) * (len(x.shape) - 2)

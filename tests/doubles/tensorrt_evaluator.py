@@ -95,7 +95,7 @@ class Evaluator:
     def _shuffle(self, layer, x):
         x = x.transpose(list(layer.first_transpose)[: x.ndim])
         dims = layer.reshape_dims
-        if len(dims):
+        if dims is not None and len(dims):
             x = x.reshape([x.shape[i] if d == 0 else d for i, d in enumerate(dims)])
         return x.transpose(list(layer.second_transpose)[: x.ndim])
 

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 
-import engines.build
+import engines.onnx_graph
 from engines import load_engine
 from engines.build import build_engine
 from tests.conftest import Golden
@@ -28,7 +28,7 @@ def test_logits_and_greedy_text_match_golden(golden, target, tmp_path):
 
 
 def test_large_weights_go_to_external_data_and_come_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(engines.build, "EXTERNAL_DATA_FROM", 0)
+    monkeypatch.setattr(engines.onnx_graph, "EXTERNAL_DATA_FROM", 0)
     case = Golden("gqa")
     steps = []
     build_engine(
@@ -59,10 +59,10 @@ def test_weights_stream_instead_of_piling_up(tmp_path):
     NGPTForCausalLM(config).save_pretrained(tmp_path / "checkpoint")
     total = (tmp_path / "checkpoint" / "model.safetensors").stat().st_size
     with open_checkpoint(tmp_path / "checkpoint") as checkpoint, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines.build, "EXTERNAL_DATA_FROM", 0)
+        patch.setattr(engines.onnx_graph, "EXTERNAL_DATA_FROM", 0)
         weights = DeployedWeights(Weights(checkpoint))
         tracemalloc.start()
-        engines.build.export_graph(weights, load_target("cpu-fp32"), tmp_path / "model.onnx")
+        engines.onnx_graph.export_graph(weights, load_target("cpu-fp32"), tmp_path / "model.onnx")
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert total > 40_000_000 and peak < total / 4

@@ -1,0 +1,66 @@
+"""The GPU of this machine, asked of nvidia-smi: no CUDA package is needed to learn what is there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+from engines.target import Target, load_target, target_names
+from ngpt.errors import TargetError
+
+_QUERY = "name,compute_cap,memory.total"
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU as its driver names it; memory in bytes."""
+
+    name: str
+    compute_capability: str
+    memory_bytes: int
+
+
+def detect() -> Device | None:
+    """The first GPU, or None where there is no driver, no GPU, or an answer that cannot be read."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    try:
+        asked = subprocess.run(
+            [program, f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return parse(asked.stdout) if asked.returncode == 0 else None
+
+
+def parse(answer: str) -> Device | None:
+    """The first line of nvidia-smi's CSV: name, capability, MiB of memory ("[N/A]" where it is shared with the host)."""
+    parts = [part.strip() for part in answer.strip().split("\n")[0].rsplit(",", 2)]
+    if len(parts) != 3 or not re.fullmatch(r"\d+\.\d+", parts[1]):
+        return None
+    memory = int(parts[2]) << 20 if parts[2].isdigit() else 0
+    return Device(parts[0], parts[1], memory)
+
+
+def target_for(device: Device) -> Target:
+    """The target of a card: the one its name contains, else one of the same compute capability with no more memory.
+
+    Raises TargetError, listing the targets, when no target has this compute capability.
+    """
+    cards = [target for name in target_names() if (target := load_target(name)).gpu is not None]
+    same = [t for t in cards if t.gpu is not None and t.gpu.compute_capability == device.compute_capability]
+    if not same:
+        raise TargetError(
+            f"no target fits {device.name} (compute capability {device.compute_capability})",
+            expected="one of " + ", ".join(f"{t.name} ({t.gpu.compute_capability})" for t in cards if t.gpu is not None),
+            remedy="choose a cpu target, or add a file under engines/targets",
+        )
+    plain = re.sub(r"[^a-z0-9]", "", device.name.lower())
+    named = [t for t in same if re.sub(r"[^a-z0-9]", "", t.name) in plain]
+    # The longest name first: "l40s" before "l4". Without a name, the smallest card promises least.
+    if named:
+        return max(named, key=lambda t: len(t.name))
+    return min(same, key=lambda t: t.gpu.memory_gb if t.gpu is not None else 0.0)

@@ -1,0 +1,72 @@
+"""A checkpoint's network as an ONNX graph on disk, and a second graph of it whose hidden states can be looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.target import Target
+from export.weights import DeployedWeights
+from ngpt.checkpoint import Checkpoint
+from ngpt.errors import MissingPackageError
+from ngpt.weights import Weights
+
+Progress = Callable[[str, float], None]
+# Protobuf ends at 2 GB, and a file that is mapped beats one that is parsed long before that.
+EXTERNAL_DATA_FROM = 64 << 20
+
+
+def export_graph(
+    weights: DeployedWeights, target: Target, path: Path, progress: Progress | None = None, taps: tuple[str, ...] = ()
+) -> None:
+    """Write the target's ONNX graph; tensors are read, folded, quantised and written one at a time.
+
+    Raises MissingPackageError when the exporter's packages are not installed.
+    """
+    try:
+        import onnx_ir as ir
+
+        from export.lowerings.onnx import OnnxPortable, OnnxRuntime, Precision
+    except ImportError as error:
+        raise MissingPackageError(f"exporting needs {error.name}", remedy="pip install 'ngpt-deploy[onnx]'") from error
+    lowering = OnnxPortable if target.form == "portable" else OnnxRuntime
+    model = lowering(weights, cast(Precision, target.precision), target.block_size).model(taps)
+    sizes = [value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None]
+
+    def step(tensor: Any, info: Any) -> None:
+        if progress is not None:
+            progress(f"writing {tensor.name}", info.index / max(info.total, 1))
+
+    if sum(sizes) < EXTERNAL_DATA_FROM:
+        ir.save(model, path)
+    else:
+        ir.save(model, path, external_data=path.name + ".data", size_threshold_bytes=1024, callback=step)
+
+
+def tap_function(
+    checkpoint: Checkpoint, target: Target, scratch: Path
+) -> Callable[[NDArray[np.int64]], dict[str, NDArray[np.float32]]]:
+    """A second graph of the same lowering whose hidden states are outputs: ids [T] -> {tap name: float32 [T, E]}."""
+    import onnxruntime
+
+    spec = checkpoint.spec
+    names = ("embed", *(f"layers.{i}.{part}.update" for i in range(spec.num_layers) for part in ("attn", "mlp")))
+    weights = DeployedWeights(Weights(checkpoint), half_precision=target.precision == "fp16")
+    export_graph(weights, target, scratch / "taps.onnx", taps=names)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(scratch / "taps.onnx"), options, providers=list(target.providers))
+    dtype = np.float16 if target.precision == "fp16" else np.float32
+    empty = np.zeros((1, spec.num_kv_heads, 0, spec.head_dim), dtype)
+    past = {f"past_key_values.{i}.{kind}": empty for i in range(spec.num_layers) for kind in ("key", "value")}
+
+    def run(ids: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
+        positions = np.arange(len(ids), dtype=np.int64)[None]
+        feeds = past | {"input_ids": ids[None], "attention_mask": np.ones_like(positions), "position_ids": positions}
+        return {name: value[0].astype(np.float32) for name, value in zip(names, session.run(list(names), feeds), strict=True)}
+
+    return run
