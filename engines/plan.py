@@ -41,7 +41,7 @@ def build_plan(
         config = builder.create_builder_config()
         for index in (PREFILL, DECODE):
             config.add_optimization_profile(_profile(builder, weights.spec, library, target.profile, index))
-        if library.name == "tensorrt_rtx":  # which builds for any card; TensorRT builds for the one it finds
+        if library.name == "tensorrt_rtx" and target.gpu.compute_capability:  # TensorRT builds for the card it finds
             config.num_compute_capabilities = 1
             config.set_compute_capability(library.compute_capability(target.gpu.compute_capability), 0)
         library.check("the build configuration")

@@ -15,7 +15,8 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Gpu:
-    """A card: compute capability such as "9.0", memory in 10**9 bytes, memory bandwidth in 10**9 bytes per second."""
+    """A card: compute capability such as "9.0" ("": any that the library supports), memory in 10**9 bytes, memory bandwidth in
+    10**9 bytes per second."""
 
     compute_capability: str
     memory_gb: float

@@ -12,6 +12,9 @@ from ngpt.checkpoint import open_checkpoint
 from ngpt.weights import Weights
 from tests.doubles.tensorrt_evaluator import Evaluator
 
+OLD_FEATURES = ("has_cache_update", "has_rotary", "has_attention", "has_lengths")
+"""What older versions lack, as attributes of Library."""
+
 
 class Network(ExitStack):
     """`builder`, `network`, `spec`, `weights`; a context manager, for the network refers to the checkpoint and the spool."""

@@ -19,10 +19,9 @@ from ngpt.errors import BuildError, UnsupportedError
 from ngpt.weights import Weights
 from tests.conftest import GOLDEN, Golden
 from tests.doubles.reference import Reference
-from tests.export.tensorrt_network import Network
+from tests.export.tensorrt_network import OLD_FEATURES, Network
 
 LOGIT_ERROR = 2e-5
-OLD_FEATURES = ("has_cache_update", "has_rotary", "has_attention", "has_lengths")
 
 
 @pytest.fixture
@@ -140,9 +139,15 @@ def test_layers_and_tensors_carry_the_traces_names(library):
         network, trt = net.network, library.trt
         names = {network.get_layer(i).name for i in range(network.num_layers)}
         for layer in range(3):
-            assert {f"layers.{layer}.{tap}" for tap in ("attn.qkv", "attn.o", "attn.update", "mlp.up", "mlp.act", "mlp.update")} <= names
+            assert {
+                f"layers.{layer}.{tap}" for tap in ("attn.qkv", "attn.o", "attn.update", "mlp.up", "mlp.act", "mlp.update")
+            } <= names
             cache = network.get_output(1 + 2 * layer)
-            assert cache.name == f"present.{layer}.key" and tuple(cache.shape) == (-1, 2, 512, 16) and cache.dtype == trt.DataType.HALF
+            assert (
+                cache.name == f"present.{layer}.key"
+                and tuple(cache.shape) == (-1, 2, 512, 16)
+                and cache.dtype == trt.DataType.HALF
+            )
         kinds = [network.get_layer(i).type for i in range(network.num_layers)]
         assert kinds.count(trt.LayerType.KV_CACHE_UPDATE) == 6 and kinds.count(trt.LayerType.ATTENTION_INPUT) == 3
         assert kinds.count(trt.LayerType.MATRIX_MULTIPLY) == 3 * 4 + 1

@@ -1,12 +1,14 @@
-"""Every variant of the architecture, exported in both forms, against the PyTorch model in float64."""
+"""Every variant of the architecture, in both ONNX forms and as a TensorRT network, against the PyTorch model in float64."""
 
 import numpy as np
 import pytest
 import torch
 
 from export.lowerings.onnx import OnnxPortable, OnnxRuntime
+from export.lowerings.tensorrt_library import load_library
 from ngpt import NGPTConfig, NGPTForCausalLM
 from ngpt.errors import UnsupportedError
+from tests.export.tensorrt_network import OLD_FEATURES, Network
 from tests.export.test_onnx import export, feeds, session
 
 BASE = {
@@ -74,3 +76,17 @@ def test_variant(name, tmp_path):
         spec = export(case, lowering, tmp_path / f"{lowering.__name__}.onnx")
         got = session(tmp_path / f"{lowering.__name__}.onnx").run(["logits"], feeds(spec, case.ids, case.mask))[0]
         assert np.abs(got - case.logits).max() <= bound, lowering.__name__
+
+
+@pytest.mark.parametrize("form", ["native", "composed"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variant_as_a_tensorrt_network(name, form, tmp_path, monkeypatch):
+    """Evaluated in NumPy from what TensorRT-RTX holds: see tests/export/test_tensorrt.py."""
+    library = load_library("tensorrt_rtx")
+    for feature in OLD_FEATURES if form == "composed" else ():
+        monkeypatch.setattr(library, feature, False)
+    case = Case(VARIANTS[name], tmp_path / "checkpoint")
+    bound = 2e-5 * max(1.0, np.abs(case.logits).max() / 8)
+    with Network(case.folder, library) as net:
+        got = np.stack([net.run(ids)["logits"] for ids in case.ids])
+    assert np.abs(got - case.logits).max() <= bound
