@@ -37,7 +37,7 @@ def build_plan(
     assert target.gpu is not None and target.profile is not None
     builder, network = library.create_network()
     with Spool(path.parent) as spool:
-        lowering(target)(weights, library, network, spool, target.precision, progress).define(taps)
+        lower(weights, target, library, network, spool, progress).define(taps)
         config = builder.create_builder_config()
         for index in (PREFILL, DECODE):
             config.add_optimization_profile(_profile(builder, weights.spec, library, target.profile, index))
@@ -48,9 +48,17 @@ def build_plan(
         return library.build(builder, network, config, path, progress)
 
 
-def lowering(target: Target) -> type[TensorRT]:
-    """The class that defines the network of a target's form."""
-    return TensorRT
+def lower(
+    weights: DeployedWeights, target: Target, library: Library, network: Any, spool: Spool, progress: Progress | None = None
+) -> TensorRT:
+    """The lowering of a target's form, over an empty network."""
+    if target.form != "plugins":
+        return TensorRT(weights, library, network, spool, target.precision, progress)
+    from export.lowerings.tensorrt_plugins import TensorRTPlugins
+
+    assert target.gpu is not None
+    architecture = int(target.gpu.compute_capability.replace(".", ""))
+    return TensorRTPlugins(weights, library, network, spool, target.precision, progress, architecture=architecture)
 
 
 def _profile(builder: Any, spec: NGPTSpec, library: Library, sizes: Profile, index: int) -> Any:

@@ -65,6 +65,13 @@ class TensorRTLayers(Lowering[Any]):
         self.values[name] = tensor
         return tensor
 
+    def named(self, name: str, tensor: Any) -> Any:
+        """A tensor that somebody else's layer made, under the trace's name."""
+        tensor.name = name
+        self.library.check(f"the tensor {name}")
+        self.values[name] = tensor
+        return tensor
+
     def constant(self, name: str, array: NDArray[Any], dtype: Any = None, shape: Sequence[int] | None = None) -> Any:
         """A constant; `dtype` and `shape` where they are not the array's own (bfloat16, 4-bit). Same name, same constant."""
         if name not in self.values:
