@@ -143,10 +143,11 @@ __device__ __forceinline__ bool trusted(float sum) { return sum >= 0x1p-80f && s
 // Underflow: all values are below 2^-40, and become 2^-49 (from the smallest float, 2^-149) to 2^60, their sum below 2^120.
 __device__ __forceinline__ float rescue(float sum) { return sum < 0x1p-80f ? 0x1p100f : 0x1p-80f; }
 
-// 1 / (length + eps) from a sum of squares and an eps of the same scale; zero for a row of zeros.
+// 1 / (length + eps) from a sum of squares and an eps of the same scale; zero for a row of zeros. Both instructions are off
+// by 2 units in the last place at most; the exact ones are calls, for which ptxas spills registers on some architectures.
 __device__ __forceinline__ float inverse_length(float sum, float eps) {
   if (sum == 0.0f) return 0.0f;
-  return eps == 0.0f ? rsqrtf(sum) : 1.0f / (sqrtf(sum) + eps);
+  return eps == 0.0f ? rsqrtf(sum) : __fdividef(1.0f, fmaf(sum, rsqrtf(sum), eps));
 }
 
 // norm(v, eps) = values * result, for values that were rescaled in place if they had to be.
