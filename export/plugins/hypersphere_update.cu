@@ -9,7 +9,7 @@ constexpr int VECTORS = SIZE / WIDTH;
 constexpr int PER_THREAD = (VECTORS + ROW_THREADS - 1) / ROW_THREADS;
 static_assert(SIZE % 8 == 0, "rows start on a 16-byte boundary");
 
-extern "C" __global__ void __launch_bounds__(ROW_THREADS* ROWS)
+extern "C" __global__ void __launch_bounds__(ROW_THREADS* ROWS, RESIDENT)
     hypersphere_update(const Element* __restrict__ h, const Element* __restrict__ x, const float* __restrict__ lr, int rows,
                        Element* __restrict__ out) {
   __shared__ float slots[2][2][WARPS];

@@ -17,7 +17,10 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 ITEM_SIZE: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 ACCESS = 16  # bytes of the widest load and store
 MOST_THREADS = 512
-MOST_CHANNELS = 48  # of one row that a thread may hold: more would spill registers to memory
+MOST_CHANNELS = 40  # of one row that a thread may hold: more would spill registers to memory
+# Threads of a multiprocessor that the registers must suffice for. Left to itself, the assembler spills a few registers for the
+# sake of more; with 1280 it does not, and at 4096 bfloat16 channels they have 80 KiB of loads in flight.
+RESIDENT_THREADS = 1280
 BLOCK = 128  # threads of a block whose rows share it
 
 
@@ -63,7 +66,9 @@ class HypersphereUpdate:
     def macros(self) -> dict[str, str]:
         """What the source is compiled with."""
         threads, rows = self.block
-        return {"SIZE": str(self.size), "EPS": f"{self.eps!r}f", **_common(self.dtype, threads, rows)}
+        per_thread = -(-self.size * ITEM_SIZE[self.dtype] // (ACCESS * threads)) * (ACCESS // ITEM_SIZE[self.dtype])
+        resident = RESIDENT_THREADS // (threads * rows) if per_thread <= 16 else 1
+        return {"SIZE": str(self.size), "EPS": f"{self.eps!r}f", **_common(self.dtype, threads, rows, resident)}
 
     def grid(self, rows: int) -> int:
         """Blocks of a launch over `rows` rows."""
@@ -120,7 +125,8 @@ class QKNorm:
         """What the source is compiled with."""
         sizes = {"HEADS": self.heads, "KV_HEADS": self.kv_heads, "HEAD_DIM": self.head_dim, "ROTARY": self.rotary_dim}
         threads, rows = self.block
-        return {**{name: str(value) for name, value in (sizes | {"WIDTH": self.width}).items()}, **_common(self.dtype, threads, rows)}
+        common = _common(self.dtype, threads, rows, RESIDENT_THREADS // (threads * rows))
+        return {name: str(value) for name, value in (sizes | {"WIDTH": self.width}).items()} | common
 
     def grid(self, tokens: int) -> int:
         """Blocks of a launch over `tokens` tokens."""
@@ -130,8 +136,8 @@ class QKNorm:
 Kernel = HypersphereUpdate | QKNorm
 
 
-def _common(dtype: Dtype, threads: int, rows: int) -> dict[str, str]:
-    return {"STORAGE": dtype.upper(), "ROW_THREADS": str(threads), "ROWS": str(rows)}
+def _common(dtype: Dtype, threads: int, rows: int, resident: int) -> dict[str, str]:
+    return {"STORAGE": dtype.upper(), "ROW_THREADS": str(threads), "ROWS": str(rows), "RESIDENT": str(resident)}
 
 
 def _power_of_two(count: int) -> int:

@@ -64,7 +64,7 @@ __device__ __forceinline__ void rotate(const float* cosines, const float* sines,
   }
 }
 
-extern "C" __global__ void __launch_bounds__(ROW_THREADS* ROWS)
+extern "C" __global__ void __launch_bounds__(ROW_THREADS* ROWS, RESIDENT)
     qk_norm(const Element* __restrict__ qk, const float* __restrict__ cos, const float* __restrict__ sin,
             const int* __restrict__ positions, const float* __restrict__ q_scale, int tokens, int sequence, int length,
             Element* __restrict__ q, Element* __restrict__ k) {

@@ -1,8 +1,9 @@
 // What both kernels share: 16-byte memory accesses, storage types, and the length of a row that does not overflow.
 //
 // A row (of the residual stream, or a head) belongs to ROW_THREADS threads along threadIdx.x; a block holds ROWS rows
-// along threadIdx.y. Macros: STORAGE (FLOAT32, FLOAT16 or BFLOAT16), ROW_THREADS, ROWS. No header is needed: the
-// conversions between 16-bit and 32-bit floats are PTX instructions that every supported architecture has.
+// along threadIdx.y. Macros: STORAGE (FLOAT32, FLOAT16 or BFLOAT16), ROW_THREADS, ROWS, RESIDENT (blocks that must fit one
+// multiprocessor). No header is needed: the conversions between 16-bit and 32-bit floats are PTX instructions that every
+// supported architecture has.
 #pragma once
 
 #define FLOAT32 0

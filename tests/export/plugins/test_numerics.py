@@ -132,7 +132,11 @@ BREAKS = {
     "no way out for zero rows": ("rows.cuh", "if (sum == 0.0f) return 0.0f;", ""),
     "no way out for overflow": ("rows.cuh", "sum <= 0x1.fffffep127f", "true"),
     "eps is not rescaled": ("rows.cuh", "eps * scale", "eps"),
-    "a row past the end is written": ("hypersphere_update.cu", "if (live && vector < VECTORS) store", "if (vector < VECTORS) store"),
+    "a row past the end is written": (
+        "hypersphere_update.cu",
+        "if (live && vector < VECTORS) store",
+        "if (vector < VECTORS) store",
+    ),
     "one lane is left out": ("rows.cuh", "offset = GROUP / 2", "offset = GROUP / 4"),
     "the step has the wrong sign": ("hypersphere_update.cu", "-from[j]), from[j]", "from[j]), from[j]"),
     "the rotation turns backwards": ("qk_norm.cu", "-(b * s[j])", "b * s[j]"),
@@ -153,7 +157,10 @@ def test_these_tests_see_a_broken_kernel(fault, tmp_path):
     if name == "qk_norm.cu":
         kernel, check = QKNorm(4, 2, 64, 64, "float32"), test_qk_norm
     else:
-        kernel, check = HypersphereUpdate(24 if "row" in fault or "lane" in fault else 1032, 1e-6, "float32"), test_hypersphere_update
+        kernel, check = (
+            HypersphereUpdate(24 if "row" in fault or "lane" in fault else 1032, 1e-6, "float32"),
+            test_hypersphere_update,
+        )
     broken = Emulator([kernel], tmp_path, tmp_path)
     with pytest.raises(AssertionError):
         check(broken, kernel)

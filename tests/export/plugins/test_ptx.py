@@ -51,9 +51,9 @@ def test_the_oldest_ptx_assembles_for_the_newest_card(tools, tmp_path):
 
 
 def test_enough_rows_are_in_flight(tools, tmp_path):
-    """At 4096 bfloat16 channels a multiprocessor holds 6 rows of 16 KiB: Little's law asks for about 25 KiB on an H200."""
+    """At 4096 bfloat16 channels a multiprocessor holds 5 rows of 16 KiB: Little's law asks for about 25 KiB on an H200."""
     update, norm = (assemble(tools, compile_ptx(kernel, 90), 90, tmp_path) for kernel in EIGHT_B)
-    for kernel, report, least in ((EIGHT_B[0], update, 6), (EIGHT_B[1], norm, 8)):
+    for kernel, report, least in ((EIGHT_B[0], update, 5), (EIGHT_B[1], norm, 10)):
         registers = -(-int(re.search(r"Used (\d+) registers", report)[1]) // 8) * 8  # allocated by eights
         threads = kernel.block[0] * kernel.block[1]
         assert 65536 // (registers * threads) >= least, report
@@ -96,7 +96,9 @@ def test_parameters_in_another_order_are_refused(monkeypatch, tmp_path):
     for source in compiling.FOLDER.glob("*.cu*"):
         text = source.read_text()
         if source.name == "hypersphere_update.cu":
-            swapped = text.replace("int rows,\n", "Element* __restrict__ out,\n").replace("Element* __restrict__ out)", "int rows)")
+            swapped = text.replace("int rows,\n", "Element* __restrict__ out,\n").replace(
+                "Element* __restrict__ out)", "int rows)"
+            )
             assert swapped != text
             text = swapped
         (tmp_path / source.name).write_text(text)
@@ -117,7 +119,7 @@ def test_unknown_entry_and_architecture():
     [
         (lambda: HypersphereUpdate(20, 0.0, "float32"), "hidden size .* found 20"),
         (lambda: HypersphereUpdate(0, 0.0, "float32"), "hidden size .* found 0"),
-        (lambda: HypersphereUpdate(1 << 20, 0.0, "float32"), "up to 24576"),
+        (lambda: HypersphereUpdate(1 << 20, 0.0, "float32"), "up to 20480"),
         (lambda: HypersphereUpdate(64, -1.0, "float32"), "eps"),
         (lambda: HypersphereUpdate(64, float("nan"), "float32"), "eps"),
         (lambda: HypersphereUpdate(64, 0.0, "int8"), "storage type"),
