@@ -1,0 +1,1 @@
+"""The two fused normalization kernels, their compilation to PTX, and their registration as TensorRT plugins."""
