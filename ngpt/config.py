@@ -1,7 +1,8 @@
 """NGPTConfig: the configuration of an nGPT checkpoint, as transformers 5 reads and writes it.
 
-Source of the keys and defaults: the configuration published with nvidia/Normalized-Nemotron-8B-Reasoning. The last three
-keys are this project's: they carry the paper's research variant (arXiv:2410.01131, repository NVIDIA/ngpt) in the same form.
+Source of the keys and defaults: the configuration published with nvidia/Normalized-Nemotron-8B-Reasoning. The last four
+keys are this project's: three carry the paper's research variant (arXiv:2410.01131, repository NVIDIA/ngpt) in the same form,
+`sz_folded` says that the vocabulary's scales are in lm_head's rows already.
 """
 
 from typing import Any
@@ -69,6 +70,7 @@ class NGPTConfig(PreTrainedConfig):
     position_code: str = "rope"
     gated_mlp: bool = False
     mlp_norm_eps: int | float = 1e-6
+    sz_folded: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.head_dim is None:
@@ -94,6 +96,8 @@ class NGPTConfig(PreTrainedConfig):
             raise ValueError("initializer_range and suv_init_scaling divide in the forward and must not be 0")
         if self.position_code not in POSITION_CODES:
             raise ValueError(f"position_code must be one of {POSITION_CODES}, found {self.position_code!r}")
+        if self.sz_folded and self.tie_word_embeddings:
+            raise ValueError("sz_folded needs a head of its own: tie_word_embeddings must be false")
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         if rope_type not in ROPE_TYPES:
             raise ValueError(f"rope_type must be one of {ROPE_TYPES}, found {rope_type!r}")

@@ -331,7 +331,7 @@ class NGPTModel(NGPTPreTrainedModel):
         position_embeddings = self.rotary_emb(h, position_ids)
         hidden_states, attentions = [h], []
         for layer in self.layers[: config.num_hidden_layers]:
-            h, weights = layer(
+            out = layer(
                 h,
                 position_embeddings=position_embeddings,
                 attention_mask=mask,
@@ -339,6 +339,8 @@ class NGPTModel(NGPTPreTrainedModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
+            # A pipeline-parallel engine's stand-in for a layer of another rank gives back h alone.
+            h, weights = out if isinstance(out, tuple) else (out, None)
             if output_hidden_states:
                 hidden_states.append(h)
             if output_attentions:
@@ -362,7 +364,10 @@ class NGPTModel(NGPTPreTrainedModel):
 
 
 class NGPTForCausalLM(NGPTPreTrainedModel, GenerationMixin):
-    """nGPT with its language-model head: logits = lm_head(h) * sz * sz_init_value / r (paper section 2.1)."""
+    """nGPT with its language-model head: logits = lm_head(h) * sz * sz_init_value / r (paper section 2.1).
+
+    With config.sz_folded the rows of lm_head hold that factor and there is no sz, for engines that apply lm_head themselves.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -373,7 +378,7 @@ class NGPTForCausalLM(NGPTPreTrainedModel, GenerationMixin):
         self.model = NGPTModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.sz = _scales(config.vocab_size, config.initializer_range)
+        self.sz = None if config.sz_folded else _scales(config.vocab_size, config.initializer_range)
         self.sz_scale = config.sz_init_value / config.initializer_range
         self.post_init()
 
@@ -405,7 +410,9 @@ class NGPTForCausalLM(NGPTPreTrainedModel, GenerationMixin):
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         h = outputs.last_hidden_state
         h = h if isinstance(keep, slice) and logits_to_keep == 0 else h[:, keep, :]
-        logits = self.lm_head(h) * (self.sz(h.new_ones(1)) * self.sz_scale)
+        logits = self.lm_head(h)
+        if self.sz is not None:
+            logits = logits * (self.sz(h.new_ones(1)) * self.sz_scale)
         loss = None
         if labels is not None:
             extra = {} if num_items is None else {"num_items_in_batch": num_items}

@@ -66,6 +66,7 @@ DEFAULTS: dict[str, Any] = {
     "position_code": "rope",
     "gated_mlp": False,
     "mlp_norm_eps": 1e-6,
+    "sz_folded": False,
 }
 
 # Keys that transformers writes into any config and that say nothing about the network.
@@ -108,7 +109,8 @@ class NGPTSpec:
     ``sqk_scale``, ``attn_alpha_scale``, ``mlp_alpha_scale``, ``suv_scale`` (without the sqrt(hidden_size)) and
     ``sz_scale`` multiply the stored parameters. ``inv_freq`` is float64, radians per position, one per rotary
     channel pair; ``rope_attention_scaling`` multiplies cos and sin (yarn). ``mlp`` is the activation; ``gated``
-    means u * act(v) with u and v two halves of the intermediate scales. Raises `ConfigError` when inconsistent.
+    means u * act(v) with u and v two halves of the intermediate scales. ``sz_folded``: the head's rows hold sz * sz_scale
+    already, and no sz is stored. Raises `ConfigError` when inconsistent.
     """
 
     vocab_size: int
@@ -139,6 +141,7 @@ class NGPTSpec:
     mlp_alpha_scale: float
     suv_scale: float
     sz_scale: float
+    sz_folded: bool
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -152,6 +155,13 @@ class NGPTSpec:
             raise ConfigError("rotary channels", expected=f"even, 2 to {self.head_dim}", found=str(self.rotary_dim))
         if len(self.inv_freq) != self.rotary_dim // 2 or not all(map(math.isfinite, self.inv_freq)):
             raise ConfigError("inv_freq", expected=f"{self.rotary_dim // 2} finite values")
+        if self.sz_folded and self.tied:
+            raise ConfigError(
+                "sz_folded",
+                expected="tie_word_embeddings false: the embedding table must not be scaled",
+                found="both true",
+                remedy="fold the scales of the original checkpoint: that unties the head",
+            )
         if self.mlp not in get_args(Activation):
             raise ConfigError("mlp activation", expected=", ".join(get_args(Activation)), found=repr(self.mlp))
         if self.position == "research" and (
@@ -225,6 +235,7 @@ class NGPTSpec:
             mlp_alpha_scale=_scale(config, "mlp_alpha_init_value") / r,
             suv_scale=_scale(config, "suv_init_value") / _scale(config, "suv_init_scaling", nonzero=True),
             sz_scale=_scale(config, "sz_init_value") / r,
+            sz_folded=_flag(config, "sz_folded"),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,11 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ngpt.errors import UnsupportedError
 from ngpt.model import NGPTForCausalLM
 
 
 def unit_matrices(model: NGPTForCausalLM) -> Iterator[tuple[Tensor, int]]:
-    """Every matrix that lives on the hypersphere with the axis along which its vectors lie: 1 = rows, 0 = columns."""
+    """Every matrix that lives on the hypersphere with the axis along which its vectors lie: 1 = rows, 0 = columns.
+
+    Raises UnsupportedError for a model whose sz is folded: the norms of its head's rows are the scales.
+    """
+    if model.config.sz_folded:
+        raise UnsupportedError("a checkpoint with folded scales cannot be trained", remedy="train the one it was folded from")
     yield model.model.embed_tokens.weight, 1
     if not model.config.tie_word_embeddings:
         yield model.lm_head.weight, 1

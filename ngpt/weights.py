@@ -12,7 +12,7 @@ after the position code, so it stays a vector; the alphas become learning rates 
     layers.{i}.mlp.gate.weight   [F, E]       (+ .bias)     gated networks only, likewise
     layers.{i}.mlp.down.weight   [E, F]       (+ .bias)
     layers.{i}.mlp.lr            [E]
-    head.weight                  [V, E]       sz * sz_scale folded in; from the embedding table when tied
+    head.weight                  [V, E]       sz * sz_scale folded in, here or in the file; from the table when tied
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ class Weights:
         spec = self.spec
         if name == "embed":
             return self._plain("model.embed_tokens.weight")
+        if name == "head.weight" and spec.sz_folded:
+            return self._plain("lm_head.weight")
         if name == "head.weight":
             source = "model.embed_tokens.weight" if spec.tied else "lm_head.weight"
             return self._scaled(source, self._vector("sz.weight") * spec.sz_scale)

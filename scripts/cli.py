@@ -90,6 +90,9 @@ def parser() -> argparse.ArgumentParser:
     convert = command("convert", _convert, "Write a checkpoint of either format as a Hugging Face directory, exactly.")
     convert.add_argument("--checkpoint", required=True)
     convert.add_argument("--output", required=True)
+    convert.add_argument(
+        "--fold-scales", action="store_true", help="fold sz into lm_head, for engines that apply lm_head themselves (vLLM)"
+    )
     convert.add_argument("--with-code", action="store_true", help="add the model's code, for trust_remote_code=True")
 
     bench = command("bench", _bench, "Measure engines against their peers: ratios of medians, contenders interleaved.")
@@ -237,11 +240,11 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from ngpt.checkpoint import open_checkpoint, save_hf
+    from ngpt.checkpoint import fold_scales, open_checkpoint, save_hf
     from ngpt.remote_code import add_code
 
     with open_checkpoint(args.checkpoint) as checkpoint:
-        save_hf(checkpoint, args.output)
+        save_hf(fold_scales(checkpoint) if args.fold_scales else checkpoint, args.output)
     if args.with_code:
         add_code(args.output)
     print(f"checkpoint {args.output}")

@@ -202,6 +202,15 @@ def test_convert_research_checkpoint_and_carry_the_code(tmp_path, capsys):
     assert (out / "model.py").is_file()
 
 
+def test_convert_folds_the_scales_into_the_head(tmp_path, capsys):
+    out = tmp_path / "folded"
+    code, _, _ = run(capsys, "convert", "--checkpoint", GOLDEN / "gqa", "--output", out, "--fold-scales", "--with-code")
+    config = json.loads((out / "config.json").read_text())
+    assert code == 0 and config["sz_folded"] is True and (out / "model.py").is_file()
+    code, _, err = run(capsys, "convert", "--checkpoint", out, "--output", tmp_path / "twice", "--fold-scales")
+    assert code == 2 and "folded already" in err and not (tmp_path / "twice").exists()
+
+
 def test_generate_from_an_engine_streams_the_greedy_text(tiny_engine_folder, capsys):
     code, out, _ = run(capsys, "generate", "def __init__(self", "--engine", tiny_engine_folder, "--max-tokens", 12)
     from engines import load_engine

@@ -9,6 +9,7 @@ from ngpt.spec import NGPTSpec
 
 LM_HEAD = "lm_head.weight"
 EMBED = "model.embed_tokens.weight"
+SZ = "sz.weight"
 
 # Storage dtypes read without loss into the float64 in which scales are folded. The names are safetensors'.
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -31,8 +32,11 @@ def expected_tensors(spec: NGPTSpec) -> dict[str, Expected]:
     table = {EMBED: Expected((v, e), unit_axis=1, zero_vectors=False)}
     for layer in range(spec.num_layers):
         table.update(_layer(spec, f"model.layers.{layer}."))
-    table[LM_HEAD] = Expected((v, e), unit_axis=1, required=not spec.tied)
-    table["sz.weight"] = Expected((v, 1))
+    if spec.sz_folded:  # the rows' norms are the scales: any finite value is possible
+        table[LM_HEAD] = Expected((v, e))
+    else:
+        table[LM_HEAD] = Expected((v, e), unit_axis=1, required=not spec.tied)
+        table[SZ] = Expected((v, 1))
     return table
 
 
