@@ -19,15 +19,15 @@ OLD_FEATURES = ("has_cache_update", "has_rotary", "has_attention", "has_lengths"
 class Network(ExitStack):
     """`builder`, `network`, `spec`, `weights`; a context manager, for the network refers to the checkpoint and the spool."""
 
-    def __init__(self, folder, library, precision="fp32", taps=()):
+    def __init__(self, folder, library, precision="fp32", taps=(), lowering=TensorRT, instead=None):
         super().__init__()
         self.checkpoint = self.enter_context(open_checkpoint(folder))
         spool = self.enter_context(Spool())
         self.library, self.spec, self.precision = library, self.checkpoint.spec, precision
         self.builder, network = library.create_network()
         self.weights = DeployedWeights(Weights(self.checkpoint), half_precision=ARITHMETIC[precision] == "fp16")
-        self.network = TensorRT(self.weights, library, network, spool, precision).define(taps)
-        self.evaluate = Evaluator(library.trt, self.network)
+        self.network = lowering(self.weights, library, network, spool, precision).define(taps)
+        self.evaluate = Evaluator(library.trt, self.network, instead)
 
     def empty(self, rows):
         """A cache that nobody has written: what lies in it must not matter."""
