@@ -123,22 +123,25 @@ def verify_folder(folder: Path, checkpoint: Checkpoint, *, decode_steps: int = 6
     """Parity of the engine in `folder` with its checkpoint: writes parity.json and parity.html to `report` (default: the
     engine's folder) and returns the summary with the verdict."""
     from engines.parity.verify import PARITY_SLOTS, verify
+    from engines.runtime.engine import open_runner
     from engines.runtime.manifest import read_manifest
-    from engines.runtime.onnx_runner import OnnxRunner
 
     manifest = read_manifest(folder)
     target = load_target(manifest.target.name, manifest.target.precision)
-    runner = OnnxRunner(folder, manifest, num_slots=PARITY_SLOTS)
-    with tempfile.TemporaryDirectory() as scratch:
-        result = verify(
-            runner,
-            checkpoint,
-            precision=target.precision,
-            block_size=target.block_size,
-            decode_steps=decode_steps,
-            name=f"{manifest.name}, {target.name}",
-            taps=tap_function(checkpoint, target, Path(scratch)),
-        )
+    runner = open_runner(folder, manifest, PARITY_SLOTS)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            result = verify(
+                runner,
+                checkpoint,
+                precision=target.precision,
+                block_size=target.block_size,
+                decode_steps=decode_steps,
+                name=f"{manifest.name}, {target.name}",
+                taps=tap_function(checkpoint, target, Path(scratch)),
+            )
+    finally:
+        runner.release()
     if report is not None:
         report.mkdir(parents=True, exist_ok=True)
     result.write(report or folder)

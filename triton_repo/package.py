@@ -13,6 +13,7 @@ from pathlib import Path
 from string import Template
 
 import engines.runtime
+from engines.runtime.compatibility import check_slots
 from engines.runtime.errors import ServingError
 from engines.runtime.manifest import Manifest, contained_path, read_manifest, verify_files
 from ngpt.errors import OutputExistsError, PackagingError
@@ -66,7 +67,7 @@ def package_engine(
             found=str(output),
             remedy="Choose another folder or remove this one.",
         )
-    manifest = _checked_manifest(engine, allow_unverified)
+    manifest = _checked_manifest(engine, allow_unverified, num_slots)
     values = _values(manifest, num_slots, max_queue, threads, exclude_input_in_output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -88,12 +89,16 @@ def package_engine(
     return output
 
 
-def _checked_manifest(engine: Path, allow_unverified: bool) -> Manifest:
+def _checked_manifest(engine: Path, allow_unverified: bool, num_slots: int) -> Manifest:
     try:
         manifest = read_manifest(engine)
         verify_files(engine, manifest)
     except ServingError as error:
         raise PackagingError("this engine cannot be packaged", found=str(error), remedy="Build the engine again.") from error
+    try:
+        check_slots(manifest, num_slots)
+    except ServingError as error:
+        raise PackagingError(error.what, expected=error.expected, found=error.found, remedy=error.remedy) from error
     verdict = str(manifest.parity["verdict"]) if manifest.parity is not None else "missing"
     if verdict != "pass" and not allow_unverified:
         raise PackagingError(

@@ -22,7 +22,11 @@ from .scheduler import Scheduler
 from .text import TOKENIZER_NAME, TextStream, Tokenizer
 
 # manifest.target.runtime -> (module of this package, class, library it needs)
-_RUNNERS = {"onnxruntime": (".onnx_runner", "OnnxRunner", "onnxruntime")}
+_RUNNERS = {
+    "onnxruntime": (".onnx_runner", "OnnxRunner", "onnxruntime"),
+    "tensorrt": (".tensorrt_runner", "TensorRTRunner", "tensorrt"),
+    "tensorrt_rtx": (".tensorrt_runner", "TensorRTRunner", "tensorrt_rtx"),
+}
 
 
 class Engine:
@@ -43,7 +47,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._closed = False
         # Ends the scheduler's thread when an engine is dropped without close(), at the latest with the interpreter.
-        self._finalizer = weakref.finalize(self, self.scheduler.stop)
+        self._finalizer = weakref.finalize(self, _shut_down, self.scheduler, runner)
 
     def __enter__(self) -> Engine:
         return self
@@ -52,7 +56,7 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Stop the scheduler; requests that are not done are cancelled. Calling it twice is harmless."""
+        """Stop the scheduler and free the model; requests that are not done are cancelled. Calling it twice is harmless."""
         self._closed = True
         self._finalizer()
 
@@ -190,7 +194,7 @@ def load_engine(path: str | Path, *, num_slots: int = 8, threads: int | None = N
     """Loads an engine folder for `num_slots` sequences at a time.
 
     threads: CPU threads of the runtime, None for its default. verify_files: compare every file's SHA-256 first
-    (without it, its size alone). Raises EngineFileError, MissingRuntimeError, RequestError (num_slots, threads).
+    (without it, its size alone). Raises EngineFileError, MissingRuntimeError, RunnerError, RequestError (num_slots, threads).
     """
     for name, value in (("num_slots", num_slots), ("threads", 1 if threads is None else threads)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -199,10 +203,14 @@ def load_engine(path: str | Path, *, num_slots: int = 8, threads: int | None = N
     manifest = read_manifest(folder)
     check_files(folder, manifest, digests=verify_files)
     tokenizer = Tokenizer.load(folder) if (folder / TOKENIZER_NAME).exists() else None
-    return Engine(_runner(folder, manifest, num_slots, threads), manifest, tokenizer)
+    return Engine(open_runner(folder, manifest, num_slots, threads), manifest, tokenizer)
 
 
-def _runner(folder: Path, manifest: Manifest, num_slots: int, threads: int | None) -> Runner:
+def open_runner(folder: Path, manifest: Manifest, num_slots: int, threads: int | None = None) -> Runner:
+    """The runner of the manifest's runtime, with the model loaded; `load_engine` does this and checks the files first.
+
+    Raises EngineFileError, MissingRuntimeError, RunnerError.
+    """
     runtime = manifest.target.runtime
     if runtime not in _RUNNERS:
         raise EngineFileError(
@@ -225,6 +233,11 @@ def _runner(folder: Path, manifest: Manifest, num_slots: int, threads: int | Non
             remedy="Install the extra: pip install 'ngpt-deploy[onnx]'.",
         ) from error
     return cast(Runner, runner)
+
+
+def _shut_down(scheduler: Scheduler, runner: Runner) -> None:
+    scheduler.stop()
+    runner.release()
 
 
 def _mask(attention_mask: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.bool_]:

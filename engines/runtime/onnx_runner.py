@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import CapacityError, EngineFileError
+from .errors import EngineFileError
+from .rows import Rows
 
 if TYPE_CHECKING:
     from .manifest import Manifest
@@ -40,36 +41,25 @@ class OnnxRunner:
             self._cache = _SharedCache(self._session, self.layers, num_slots, row, dtype, self._device)
         else:
             self._cache = _GrowingCache(self._session, self.layers, row, dtype)
-        self._rows: dict[int, int] = {}  # slot handle -> row of the cache
-        self._lengths = np.zeros(num_slots, dtype=np.int64)
-        self._next = 0
+        self._rows = Rows(num_slots, self.max_length)
 
     def open(self) -> int:
         """Take a free slot with an empty cache. Raises CapacityError when all are taken."""
-        taken = set(self._rows.values())
-        row = next((row for row in range(self.num_slots) if row not in taken), None)
-        if row is None:
-            raise CapacityError("no free slot", expected=f"at most {self.num_slots} open sequences", remedy="close one first")
-        slot, self._next = self._next, self._next + 1
-        self._rows[slot], self._lengths[row] = row, 0
-        return slot
+        return self._rows.open()
 
     def close(self, slot: int) -> None:
         """Give the slot back. The last row moves into the hole, so that the rows in use stay one block."""
-        row = self._rows.pop(slot)
-        last = max(self._rows.values(), default=-1)
-        if last > row and self._cache.move(last, row, int(self._lengths[last])):
-            mover = next(handle for handle, at in self._rows.items() if at == last)
-            self._rows[mover], self._lengths[row] = row, self._lengths[last]
-            row = last
-        self._lengths[row] = 0
-        self._cache.clear(row)
+        self._cache.clear(self._rows.close(slot, self._cache.move))
+
+    def release(self) -> None:
+        """Let the session and the cache go."""
+        self._session = self._cache = None  # type: ignore[assignment]
 
     def prefill(self, slot: int, tokens: NDArray[np.int64], *, all_logits: bool = False) -> Logits:
         """Append int64 [T] to the slot: logits [V] of the last token, or [T, V]. Raises CapacityError past max_length."""
         row = self._rows[slot]
-        start = int(self._lengths[row])
-        self._check_room(start + len(tokens))
+        self._rows.check_room(row, len(tokens))
+        start = int(self._rows.lengths[row])
         total = start + len(tokens)
         logits = self._cache.run(
             row,
@@ -78,37 +68,24 @@ class OnnxRunner:
             np.ones((1, total), np.int64),
             np.arange(start, total, dtype=np.int64)[None],
         )
-        self._lengths[row] = total
+        self._rows.lengths[row] = total
         wanted: Logits = logits[0] if all_logits else logits[0, -1]
         return wanted
 
     def decode(self, slots: Sequence[int], tokens: NDArray[np.int64]) -> Logits:
         """Append one token to each slot: logits [n, V]. Raises CapacityError past max_length."""
-        rows = [self._rows[slot] for slot in slots]
-        for row in rows:
-            self._check_room(int(self._lengths[row]) + 1)
+        block = self._rows.block(slots)
         if not self.in_place:
             steps = [self.prefill(slot, np.asarray([token], np.int64)) for slot, token in zip(slots, tokens, strict=True)]
             return np.stack(steps)
-        first, count = min(rows), max(rows) - min(rows) + 1
-        places = np.asarray(rows) - first
-        # A row in the block that is not decoding (its prompt is still being read) computes a throw-away token: what it writes
-        # lands just past its end, where its own next token will be written.
-        lengths = np.minimum(self._lengths[first : first + count] + 1, self.max_length)
-        ids = np.zeros((count, 1), np.int64)
-        ids[places, 0] = tokens
+        ids = np.zeros((block.size, 1), np.int64)
+        ids[block.places, 0] = tokens
+        lengths = block.starts + 1
         mask = (np.arange(int(lengths.max())) < lengths[:, None]).astype(np.int64)
-        logits = self._cache.run(first, count, ids, mask, (lengths - 1)[:, None])
-        self._lengths[rows] += 1
-        result: Logits = logits[places, 0]
+        logits = self._cache.run(block.first, block.size, ids, mask, block.starts[:, None])
+        self._rows.lengths[block.first + block.places] += 1
+        result: Logits = logits[block.places, 0]
         return result
-
-    def _check_room(self, length: int) -> None:
-        if length > self.max_length:
-            raise CapacityError(
-                "the sequence does not fit the engine", expected=f"at most {self.max_length} tokens", found=str(length),
-                remedy="shorten the prompt or ask for fewer tokens",
-            )  # fmt: skip
 
 
 class _SharedCache:

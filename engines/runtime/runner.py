@@ -31,6 +31,10 @@ class Runner(Protocol):
         """Gives a slot back; its cache is forgotten."""
         ...
 
+    def release(self) -> None:
+        """Frees what the model holds (device memory, files). Nothing may be called after it but `release` again."""
+        ...
+
     def prefill(self, slot: int, tokens: Tokens, *, all_logits: bool = False) -> Logits:
         """Appends int64 tokens [T] to the slot's cache; logits [V] of the last one, or [T, V] of all.
 

@@ -28,6 +28,7 @@ class NumpyRunner:
         self.decode_batches: list[int] = []
         self.prefill_chunks: list[int] = []
         self.fail: dict[str, Exception] = {}  # method name -> what it raises
+        self.released = False
         self.override: NDArray[np.float32] | None = None  # logits [V] returned for every position
 
     def _raise(self, method: str) -> None:
@@ -46,6 +47,9 @@ class NumpyRunner:
     def close(self, slot: int) -> None:
         del self.state[slot], self.length[slot]
         self._raise("close")
+
+    def release(self) -> None:
+        self.released = True
 
     def _advance(self, slot: int, token: int) -> NDArray[np.float32]:
         position = self.length[slot]

@@ -28,6 +28,9 @@ class ReferenceRunner:
     def close(self, slot):
         del self.slots[slot]
 
+    def release(self):
+        self.released = True
+
     def prefill(self, slot, tokens, *, all_logits=False):
         self.slots[slot] += [int(token) for token in tokens]
         logits, _ = self.reference(np.array([self.slots[slot]]))

@@ -58,6 +58,9 @@ class TorchRunner:
     def close(self, slot):
         del self.caches[slot]
 
+    def release(self):
+        self.released = True
+
     def _run(self, slot, tokens, shift):
         if "lost_chunk" in self.faults and len(tokens) > 1:  # the second chunk of a prompt forgets the first
             self.caches[slot] = DynamicCache()

@@ -257,7 +257,7 @@ def test_bad_sizes(tmp_path: Path, option: dict[str, Any]) -> None:
 
 def test_an_unknown_runtime_is_named(tmp_path: Path) -> None:
     target = manifest_dict()["target"] | {"runtime": "abacus"}
-    with pytest.raises(EngineFileError, match="expected onnxruntime or numpy, found abacus"):
+    with pytest.raises(EngineFileError, match="expected onnxruntime or tensorrt or tensorrt_rtx or numpy, found abacus"):
         load_engine(write_engine(tmp_path / "engine", target=target))
 
 
