@@ -72,7 +72,7 @@ def _profile(builder: Any, spec: NGPTSpec, library: Library, sizes: Profile, ind
 
     for name in ("input_ids", "position_ids"):
         shapes(name, (1, 1), (batch, tokens), (batch, tokens))
-    for name in ("write_at", *(["lengths"] if library.has_lengths else [])):
+    for name in ("write_at", "lengths"):
         shapes(name, (1,), (batch,), (batch,))
     shapes("logit_rows", (1,), (1,) if index == PREFILL else (batch,), (max(batch, tokens),))
     for layer in range(spec.num_layers):

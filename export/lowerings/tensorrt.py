@@ -41,7 +41,7 @@ class TensorRT(TensorRTLayers):
         self.input_ids = self.input("input_ids", self.int32, (-1, -1))
         self.position_ids = self.input("position_ids", self.int32, (-1, -1))
         self.write_at = self.input("write_at", self.int32, (-1,))
-        self.lengths = self.input("lengths", self.int32, (-1,)) if library.has_lengths else None
+        self.lengths = self.input("lengths", self.int32, (-1,))
         self.logit_rows = self.input("logit_rows", self.int32, (-1,))
         cache = (-1, spec.num_kv_heads, spec.max_length, spec.head_dim)
         for layer in range(spec.num_layers):
@@ -192,7 +192,7 @@ class TensorRT(TensorRTLayers):
         else:
             layer = self.network.add_attention(q, keys, values, softmax, False)
         self.made(name, layer).mask = self._mask
-        if self.lengths is not None:  # beyond them every key is masked: the kernel need not read it
+        if self.library.has_lengths:  # beyond them every key is masked: the kernel need not read it
             layer.key_value_lengths = self.lengths
         # There is no fused float32 kernel.
         layer.decomposable = self.precision == "fp32"
