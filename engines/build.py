@@ -135,10 +135,12 @@ def verify_folder(folder: Path, checkpoint: Checkpoint, *, decode_steps: int = 6
                 runner,
                 checkpoint,
                 precision=target.precision,
+                runtime=target.runtime,
                 block_size=target.block_size,
                 decode_steps=decode_steps,
                 name=f"{manifest.name}, {target.name}",
-                taps=tap_function(checkpoint, target, Path(scratch)),
+                # A plan has no hidden states to look at: its logits alone are compared.
+                taps=tap_function(checkpoint, target, Path(scratch)) if target.on_onnx else None,
             )
     finally:
         runner.release()

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 QuantizeDequantize = Callable[[NDArray[np.float32], int, int], NDArray[np.float32]]
 """(weight [out, in] float32, bits, block_size along in) -> the same, after a round trip through integers."""
 
+WHOLE_ROW = 0
+"""As a block size: one block a row."""
+
 _PROJECTION = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.[a-z]+_proj|lm_head")
 
 
@@ -31,8 +34,8 @@ def every_projection(name: str) -> bool:
 class Quantization:
     """How an engine is quantised: weights to ``bits`` in blocks of ``block_size``, activations to int8 or not.
 
-    ``head_bits``: of the language-model head, where it differs. ``narrow_embedding``: the embedding table is stored
-    as float16.
+    ``head_bits``, ``head_block``: of the language-model head, where they differ. ``narrow_embedding``: the embedding table is
+    stored as float16. ``float8``: the codes are float8_e4m3fn instead of integers.
     """
 
     bits: int
@@ -41,11 +44,38 @@ class Quantization:
     applies: Callable[[str], bool] = every_projection
     int8_activations: bool = True
     head_bits: int | None = None
+    head_block: int | None = None
     narrow_embedding: bool = False
+    float8: bool = False
 
     def bits_of(self, name: str) -> int:
         """Bits of one module's weight, by its PyTorch name."""
         return self.head_bits if name == "lm_head" and self.head_bits is not None else self.bits
+
+    def block_of(self, name: str) -> int:
+        """Block size of one module's weight, WHOLE_ROW for one block a row."""
+        return self.head_block if name == "lm_head" and self.head_block is not None else self.block_size
+
+    def describe(self) -> str:
+        """In a few words, for the report."""
+        kind = "float8" if self.float8 else f"int{self.bits}"
+        return f"{kind}, " + ("one scale a row" if self.block_size == WHOLE_ROW else f"blocks of {self.block_size}")
+
+    def blocks_and_step(self, name: str, weight: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The matrix in float64 blocks [N, blocks, size], zero padded, and what one step of the format is there.
+
+        Integers: 2 max|w| / (2**bits - 1) of the block, the coarsest sensible step. float8_e4m3fn: 3 bits behind the leading one
+        of each value, in units that put the block's largest at 448; below 2**-6 of those units steps no longer shrink.
+        """
+        size = self.block_of(name) or weight.shape[1]
+        padded = np.pad(weight, ((0, 0), (0, -weight.shape[1] % size)))
+        blocks = padded.reshape(len(weight), -1, size).astype(np.float64)
+        largest = np.abs(blocks).max(-1, keepdims=True)
+        if not self.float8:
+            return blocks, 2 * largest / (2 ** self.bits_of(name) - 1)
+        unit = np.where(largest > 0, largest, 1) / 448
+        exponent = np.floor(np.log2(np.maximum(np.abs(blocks) / unit, 2.0**-6)))
+        return blocks, 2.0 ** (exponent - 3) * unit
 
 
 @dataclass
@@ -64,7 +94,7 @@ def put_quantized_weights(model: nn.Module, quantization: Quantization) -> Weigh
     audit = WeightAudit()
 
     def rounded(name: str, before: NDArray[np.float32]) -> NDArray[np.float32]:
-        after = quantization.quantize_dequantize(before, quantization.bits_of(name), quantization.block_size)
+        after = quantization.quantize_dequantize(before, quantization.bits_of(name), quantization.block_of(name))
         audit_weight(audit, name, before, after, quantization)
         return after
 
@@ -81,7 +111,7 @@ def put_perturbed_weights(model: nn.Module, quantization: Quantization, seed: in
     random = np.random.default_rng(seed)
 
     def perturbed(name: str, before: NDArray[np.float32]) -> NDArray[np.float32]:
-        blocks, step = _blocks_and_step(before, quantization.bits_of(name), quantization.block_size)
+        blocks, step = quantization.blocks_and_step(name, before)
         moved = blocks + step * random.uniform(-0.5, 0.5, blocks.shape)
         return moved.reshape(len(before), -1)[:, : before.shape[1]].astype(np.float32)
 
@@ -105,13 +135,6 @@ def _put_weights(
         embedding.weight.data.copy_(embedding.weight.half())
 
 
-def _blocks_and_step(weight: NDArray[np.float32], bits: int, block_size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The matrix in float64 blocks [N, blocks, block_size], zero padded, and the step of each, [N, blocks, 1]."""
-    padded = np.pad(weight, ((0, 0), (0, -weight.shape[1] % block_size)))
-    blocks = padded.reshape(len(weight), -1, block_size).astype(np.float64)
-    return blocks, 2 * np.abs(blocks).max(-1, keepdims=True) / (2**bits - 1)
-
-
 def audit_weight(
     audit: WeightAudit,
     name: str,
@@ -119,13 +142,13 @@ def audit_weight(
     after: NDArray[np.float32],
     quantization: Quantization,
 ) -> None:
-    """Measure |after - before| per block in steps of 2 max|w| / (2**bits - 1), the coarsest sensible step.
+    """Measure |after - before| in steps of the format (`Quantization.blocks_and_step`).
 
     Rounding to nearest stays within one step (the extra half is for clipping at the asymmetric end of two's
     complement) and has an rms of about 0.29 steps.
     """
-    old, step = _blocks_and_step(before, quantization.bits_of(name), quantization.block_size)
-    new, _ = _blocks_and_step(after, quantization.bits_of(name), quantization.block_size)
+    old, step = quantization.blocks_and_step(name, before)
+    new, _ = quantization.blocks_and_step(name, after)
     error = np.abs(new - old)
     steps = np.divide(error, step, out=np.where(error > 0, np.inf, 0.0), where=step > 0)
     worst, rms = float(steps.max()), float(np.sqrt(np.mean(steps**2)))

@@ -33,25 +33,13 @@ from engines.parity.quantized import (
 )
 from engines.parity.reference import TorchReference, loadable_folder
 from engines.parity.report import ParityReport, SequenceResult
+from engines.parity.scheme import scheme
 from engines.parity.trace import Trace
 from ngpt.checkpoint import Checkpoint, expected_tensors, open_checkpoint
-from ngpt.errors import EngineError, TargetError
+from ngpt.errors import EngineError
 
 FLOAT64_LIMIT_BYTES = 8 << 30
 PARITY_SLOTS = 3  # enough for ragged batches, and for sequences that reuse a slot
-
-# Names of target files to dtypes of PyTorch; a quantised engine computes in float32 around its integer products.
-PRECISIONS = {
-    "fp32": "float32",
-    "float32": "float32",
-    "fp16": "float16",
-    "float16": "float16",
-    "bf16": "bfloat16",
-    "bfloat16": "bfloat16",
-    "int8": "float32",
-    "int4": "float32",
-}
-_BITS = {"int8": 8, "int4": 4}
 
 Progress = Callable[[int, int, str], None]
 
@@ -64,6 +52,7 @@ def verify(
     decode_steps: int = 64,
     seed: int = 0,
     precision: str | None = None,
+    runtime: str | None = None,
     block_size: int = 32,
     quantization: Quantization | None = None,
     taps: TapFunction | None = None,
@@ -73,21 +62,22 @@ def verify(
 ) -> ParityReport:
     """Compare an engine, teacher-forced, with `NGPTForCausalLM` on the same checkpoint.
 
-    ``engine``: a folder, a loaded engine, or a bare runner. ``precision``: "fp32", "fp16", "bf16", or "int8" / "int4"
-    for quantised weights in blocks of ``block_size`` with int8 activations and float32 elsewhere (default: from the
-    manifest, else "fp32"); ``quantization`` states another scheme. ``taps`` gives the engine's hidden states, ids [T]
-    to name -> [T, E], for the check layer by layer. The reference is float64 where the model fits in
-    ``float64_limit_bytes``, else float32; the report says which. ``name`` heads the
-    report (default: the manifest's). ``progress(done, total, what)``.
+    ``engine``: a folder, a loaded engine, or a bare runner. ``precision`` and ``runtime``: what the engine computes in, as
+    target files name it (default: the manifest's, else "fp32" and "onnxruntime"); `engines.parity.scheme` says what that means, with
+    ``block_size`` for ONNX Runtime's quantised weights; ``quantization`` states another scheme. ``taps`` gives the engine's
+    hidden states, ids [T] to name -> [T, E], for the check layer by layer. The reference is float64 where the model fits in
+    ``float64_limit_bytes``, else float32; the report says which. ``name`` heads the report (default: the manifest's).
+    ``progress(done, total, what)``.
 
     Raises `EngineError` if the engine misbehaves, `CheckpointError` or `ConfigError` for bad input. A numerical
     disagreement is no exception: it is the verdict "fail".
     """
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
-    runner, owned, own_name, declared = _runner_of(engine)
+    runner, owned, own_name, declared, own_runtime = _runner_of(engine)
     try:
         _check_sizes(runner, checkpoint)
-        arithmetic, quantization = _scheme(precision or declared, block_size, quantization)
+        arithmetic, own_quantization = scheme(precision or declared, runtime or own_runtime, block_size)
+        quantization = quantization or own_quantization
         work = _Work(checkpoint, arithmetic, quantization, float64_limit_bytes, progress)
         with loadable_folder(checkpoint) as folder:
             sequences, original = work.original(folder, prompts, runner.max_length, decode_steps, seed)
@@ -190,7 +180,7 @@ class _Work:
         """In words, what the noise is."""
         words = self.precision
         if self.quantization is not None:
-            words += f" with int{self.quantization.bits} weights"
+            words += f" with {self.quantization.describe().split(',')[0]} weights"
             words += " and int8 activations" if self._rounds_activations else ""
         if self.precision == self.wide and not self._rounds_activations:
             words += ", another attention kernel"
@@ -251,7 +241,7 @@ class _Work:
             "failed_checks": [check.name for check in found if not check.passed],
         }
         if self.quantization is not None:
-            summary["quantization"] = f"int{self.quantization.bits}, blocks of {self.quantization.block_size}"
+            summary["quantization"] = self.quantization.describe()
             summary["quantization_loss"] = _loss(sequences, lost)
             summary["engine_loss"] = _loss(sequences, end_to_end)
         results = [
@@ -314,8 +304,8 @@ def _check_sizes(runner: Runner, checkpoint: Checkpoint) -> None:
         )
 
 
-def _runner_of(engine: Any) -> tuple[Runner, Any, str, str]:
-    """(runner, what to close afterwards or None, name, precision) of whatever was passed as an engine."""
+def _runner_of(engine: Any) -> tuple[Runner, Any, str, str, str]:
+    """(runner, what to close afterwards or None, name, precision, runtime) of whatever was passed as an engine."""
     owned = None
     if isinstance(engine, str | os.PathLike):
         from engines.runtime.engine import load_engine
@@ -337,18 +327,5 @@ def _runner_of(engine: Any) -> tuple[Runner, Any, str, str]:
             found=type(engine).__name__,
         )
     if manifest is None:
-        return runner, owned, type(runner).__name__, "fp32"
-    return runner, owned, manifest.name, manifest.target.precision
-
-
-def _scheme(precision: str, block_size: int, quantization: Quantization | None) -> tuple[str, Quantization | None]:
-    """The dtype of the engine's arithmetic, and its quantisation if it has one."""
-    if precision not in PRECISIONS:
-        raise TargetError("precision of the parity check", expected=", ".join(PRECISIONS), found=repr(precision))
-    if quantization is None and precision in _BITS:
-        from export.quantize import quantize_dequantize
-
-        # The exporter keeps the head at 8 bits, since its rounding goes straight into the logits, and the embedding
-        # table in float16.
-        quantization = Quantization(_BITS[precision], block_size, quantize_dequantize, head_bits=8, narrow_embedding=True)
-    return PRECISIONS[precision], quantization
+        return runner, owned, type(runner).__name__, "fp32", "onnxruntime"
+    return runner, owned, manifest.name, manifest.target.precision, manifest.target.runtime
