@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import threading
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ class Cuda:
         kinds = self._runtime.cudaMemcpyKind
         self._up, self._down = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
         self._across = kinds.cudaMemcpyDeviceToDevice
+        self._thread = threading.get_ident()
         (self.device,) = self._call("cudaGetDevice")
         (self._stream,) = self._call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking)
 
@@ -101,6 +103,7 @@ class Cuda:
         """
         if self._stream is None:
             return
+        self._use_device()
         stream, self._stream = self._stream, None
         device, self._device, host, self._host = self._device, [], self._host, []
         self._runtime.cudaStreamSynchronize(stream)
@@ -110,8 +113,15 @@ class Cuda:
             self._runtime.cudaFreeHost(address)
         self._runtime.cudaStreamDestroy(stream)
 
+    def _use_device(self) -> None:
+        """The device that was current where this object was made, in whichever thread calls now: CUDA keeps it by thread."""
+        if self._thread != threading.get_ident():
+            self._thread = threading.get_ident()
+            self._runtime.cudaSetDevice(self.device)
+
     def _call(self, name: str, *args: Any) -> tuple[Any, ...]:
         """The values a CUDA runtime function returns beside its error code."""
+        self._use_device()
         code, *values = getattr(self._runtime, name)(*args)
         codes = self._runtime.cudaError_t
         if code == codes.cudaSuccess:

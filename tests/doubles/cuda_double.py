@@ -12,6 +12,7 @@ methods have TensorRT's names and refuse, as TensorRT does, by returning False a
 from __future__ import annotations
 
 import enum
+import threading
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -58,8 +59,12 @@ class CudaDouble:
         self.calls = []
         self.fail = {}  # function name -> error it returns
         self.stream = None
+        self.devices = {}  # thread -> its current device, 0 at first
+        self.home = None  # where the stream lives
 
     def _code(self, name):
+        if self.home is not None and name != "cudaSetDevice" and self._device() != self.home:
+            raise Misuse(f"{name} on device {self._device()}, but the stream is on {self.home}")
         self.calls.append(name)
         return self.fail.get(name, Error.cudaSuccess)
 
@@ -99,20 +104,28 @@ class CudaDouble:
             raise Misuse("no such stream")
         self.queue.append(action)
 
+    def _device(self):
+        return self.devices.get(threading.get_ident(), 0)
+
     # The functions of cuda.bindings.runtime.
 
     def cudaGetDevice(self):
-        return self._code("cudaGetDevice"), 0
+        return self._code("cudaGetDevice"), self._device()
+
+    def cudaSetDevice(self, device):
+        self.devices[threading.get_ident()] = device
+        return (self._code("cudaSetDevice"),)
 
     def cudaStreamCreateWithFlags(self, flags):
         assert flags == self.cudaStreamNonBlocking and self.stream is None
-        self.stream = 77
+        self.stream, self.home = 77, self._device()
         return self._code("cudaStreamCreateWithFlags"), self.stream
 
     def cudaStreamDestroy(self, stream):
         assert stream == self.stream and not self.queue
-        self.stream = None
-        return (self._code("cudaStreamDestroy"),)
+        code = self._code("cudaStreamDestroy")
+        self.stream = self.home = None
+        return (code,)
 
     def cudaStreamSynchronize(self, stream):
         assert stream == self.stream

@@ -4,6 +4,7 @@ import gc
 import inspect
 import re
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,13 @@ def test_half_precision_caches_have_their_own_strides(dtype, bound, cache, tmp_p
         assert error <= bound
 
 
+def test_the_schedulers_thread_works_on_the_device_the_engine_was_loaded_on(made):
+    made.cuda.cudaSetDevice(3)
+    with load_engine(made.folder, num_slots=2) as engine:
+        assert engine.generate([[5, 6]], max_new_tokens=3, ignore_eos=True) == [greedy(made.reference, [5, 6], 3)]
+    assert set(made.cuda.devices.values()) == {3} and len(made.cuda.devices) == 2 and not made.cuda.live
+
+
 # The tests above can fail.
 
 
@@ -242,6 +250,18 @@ def test_a_released_runner_says_so(runner):
     runner.release()
     with pytest.raises(ClosedError, match="released"):
         runner.prefill(slot, np.array([3]))
+
+
+def test_releasing_waits_for_the_device_before_the_plan_goes(made, monkeypatch):
+    runner, gone = open_runner(made), []
+    with monkeypatch.context() as patch:
+        patch.setattr(made.cuda, "fail", {"cudaStreamSynchronize": Error.cudaErrorMemoryAllocation})
+        with pytest.raises(RunnerError, match="cudaStreamSynchronize"):
+            runner.prefill(runner.open(), np.array([3]))
+    assert made.cuda.queue, "the step is still queued"
+    weakref.finalize(runner._plan, lambda: gone.append(len(made.cuda.queue)))
+    runner.release()
+    assert gone == [0] and not made.cuda.live
 
 
 # Refusals.

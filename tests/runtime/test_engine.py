@@ -255,6 +255,20 @@ def test_bad_sizes(tmp_path: Path, option: dict[str, Any]) -> None:
         load_engine(write_engine(tmp_path / "engine"), **option)
 
 
+def test_closing_releases_the_model_after_the_last_step_and_so_does_dropping() -> None:
+    engine = make()
+    runner = engine.runner
+    assert isinstance(runner, NumpyRunner)
+    engine.submit([5, 6], 60, ignore_eos=True)
+    engine.close()
+    assert runner.released and not runner.state
+    dropped = make()
+    runner = dropped.runner
+    del dropped
+    gc.collect()
+    assert isinstance(runner, NumpyRunner) and runner.released
+
+
 def test_an_unknown_runtime_is_named(tmp_path: Path) -> None:
     target = manifest_dict()["target"] | {"runtime": "abacus"}
     with pytest.raises(EngineFileError, match="expected onnxruntime or tensorrt or tensorrt_rtx or numpy, found abacus"):
