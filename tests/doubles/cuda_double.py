@@ -198,7 +198,7 @@ class TensorRTDouble:
     """`TensorRTDouble(cuda, evaluate, tensors, profiles, aliases)`, a module to put in sys.modules.
 
     tensors: name -> (dtype, shape with -1, is_input). profiles: a list of {input name: (smallest, largest) shape}. aliases: output ->
-    input that it overwrites.
+    input that it overwrites. plan: the bytes of the one plan it can load.
     """
 
     DataType = DataType
@@ -206,8 +206,8 @@ class TensorRTDouble:
     class ILogger:
         Severity = enum.Enum("Severity", ["INTERNAL_ERROR", "ERROR", "WARNING"])
 
-    def __init__(self, cuda, evaluate, tensors, profiles, aliases, version="1.7.1.116", name="tensorrt_rtx"):
-        self.__version__, self.__name__ = version, name
+    def __init__(self, cuda, evaluate, tensors, profiles, aliases, version="1.7.1.116", name="tensorrt_rtx", plan=PLAN):
+        self.__version__, self.__name__, self.plan = version, name, plan
         self.cuda, self.evaluate, self.tensors, self.profiles, self.aliases = cuda, evaluate, tensors, profiles, aliases
         self.contexts = []
         self.feeds = []  # of every step that ran
@@ -216,7 +216,7 @@ class TensorRTDouble:
     def Runtime(self, logger):
         def deserialize_cuda_engine(data):
             self.deserialised += 1
-            if bytes(data) == PLAN:
+            if bytes(data) == self.plan:
                 return EngineDouble(self, logger)
             logger.log(self.ILogger.Severity.ERROR, "the magic tag does not match")
             return None

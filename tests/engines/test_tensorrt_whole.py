@@ -1,0 +1,77 @@
+"""From build to tokens: engine folders as `build_engine` writes them, run by TensorRTRunner on a double of the device.
+
+The double (tests/doubles/cuda_double.py) executes the network that TensorRT-RTX holds, computed by tests/doubles/tensorrt_evaluator.py
+on the memory that the runner bound. What it cannot show is that the plan, which only a GPU can open, is that network.
+"""
+
+import numpy as np
+import pytest
+
+from engines import load_engine
+from engines.build import build_engine, verify_folder
+from engines.runtime.manifest import read_manifest
+from export.lowerings.tensorrt_library import load_library
+from ngpt.checkpoint import open_checkpoint
+from tests.conftest import GOLDEN, Golden
+from tests.doubles.cuda_double import CudaDouble, decoder
+from tests.engines.tensorrt_making import install
+from tests.export.tensorrt_network import OLD_FEATURES, Network
+
+
+@pytest.fixture
+def built(tmp_path, monkeypatch):
+    """built(case, precision, composed=False) -> engine folder, whose runtime is from then on the double."""
+    networks = []
+
+    def make(case, precision, composed=False):
+        library = load_library("tensorrt_rtx")
+        if composed:
+            for feature in OLD_FEATURES:
+                monkeypatch.setattr(library, feature, False)
+            monkeypatch.setattr("engines.build.load_library", lambda name: library)
+        folder = build_engine(GOLDEN / case, "rtx-5090", tmp_path / "engine", precision=precision)
+        manifest = read_manifest(folder)
+        net = Network(GOLDEN / case, library, precision)
+        networks.append(net)
+        cuda = CudaDouble(memory=1 << 33)
+        sizes = {key: manifest.flags[key] for key in ("prefill_tokens", "decode_batch")}
+        plan = (folder / manifest.graph).read_bytes()
+        install(monkeypatch, cuda, decoder(cuda, net.evaluate, manifest.model, manifest.target.cache, plan=plan, **sizes))
+        return folder
+
+    yield make
+    for net in networks:
+        net.close()
+
+
+@pytest.mark.parametrize("composed", [False, True], ids=["native", "composed"])
+@pytest.mark.parametrize("case", ["gqa", "llama3-rope-bias", "research-checkpoint"])
+def test_golden_tokens_from_a_built_engine(built, case, composed):
+    folder = built(case, "fp32", composed)
+    assert read_manifest(folder).target.cache == ("past-present" if composed else "in-place")
+    golden = Golden(case)
+    length = golden.ids.shape[1]
+    with load_engine(folder, num_slots=2) as engine:
+        out = engine.generate(list(golden.ids), max_new_tokens=golden.greedy.shape[1] - length, ignore_eos=True)
+        logits = engine.logits(golden.ids)
+    np.testing.assert_array_equal(np.array(out), golden.greedy[:, length:])
+    assert np.abs(logits - golden.logits).max() <= 2e-5
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "fp8", "int4"])
+def test_verify_passes_a_right_engine_in_every_precision(built, precision, tmp_path):
+    folder = built("gqa", precision)
+    with open_checkpoint(GOLDEN / "gqa") as checkpoint:
+        summary = verify_folder(folder, checkpoint, decode_steps=16, report=tmp_path / "report")
+    assert summary["verdict"] == "pass", summary["failed_checks"]
+    assert ("quantization" in summary) == (precision in ("int8", "fp8", "int4"))
+
+
+def test_verify_fails_an_engine_of_another_precision(built, tmp_path, monkeypatch):
+    """int4 weights behind a manifest that says fp16: the check sees what the engine computes, not what it says."""
+    folder = built("gqa", "int4")
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"precision": "int4"', '"precision": "fp16"'))
+    with open_checkpoint(GOLDEN / "gqa") as checkpoint:
+        summary = verify_folder(folder, checkpoint, decode_steps=8, report=tmp_path / "report")
+    assert summary["verdict"] == "fail" and summary["failed_checks"]
