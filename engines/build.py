@@ -111,7 +111,7 @@ def _write_network(
     tokens = min(target.profile.prefill_tokens, checkpoint.spec.max_length)
     profile = Profile(prefill_tokens=tokens, decode_batch=batch)
     build_plan(weights, dataclasses.replace(target, profile=profile), library, work / PLAN_NAME, progress=progress)
-    return flags | dataclasses.asdict(profile) | {"compute_capability": target.gpu.compute_capability}
+    return flags | dataclasses.asdict(profile) | {"compute_capability": target.gpu.compute_capability or None}
 
 
 def arithmetic(precision: str, on_onnx: bool) -> str:

@@ -64,3 +64,21 @@ def target_for(device: Device) -> Target:
     if named:
         return max(named, key=lambda t: len(t.name))
     return min(same, key=lambda t: t.gpu.memory_gb if t.gpu is not None else 0.0)
+
+
+def place(card: str) -> Device:
+    """What `inspect --on` names: "here", a target that has a GPU, or a compute capability (its memory is then unknown, 0).
+
+    Raises TargetError for anything else, and for "here" where there is no GPU.
+    """
+    if card == "here":
+        device = detect()
+        if device is None:
+            raise TargetError("no GPU was found here", remedy="name a target or a compute capability with --on")
+        return device
+    if re.fullmatch(r"\d+\.\d", card):
+        return Device(f"compute capability {card}", card, 0)
+    target = load_target(card)
+    if target.gpu is None:
+        raise TargetError(f"the target {card} has no GPU", remedy="name a GPU target, or a compute capability such as 8.9")
+    return Device(card, target.gpu.compute_capability, int(target.gpu.memory_gb * 1e9))

@@ -1,6 +1,7 @@
 """`ngpt-deploy`: build, verify, package, serve, generate, inspect, convert, bench."""
 
 import argparse
+import importlib
 import json
 import os
 import signal
@@ -86,6 +87,11 @@ def parser() -> argparse.ArgumentParser:
     inspect = command("inspect", _inspect, "Tell what an engine was built from, for what, and whether it is verified.")
     inspect.add_argument("engine", type=Path)
     inspect.add_argument("--json", action="store_true", help="print the manifest itself")
+    inspect.add_argument(
+        "--on",
+        metavar="CARD",
+        help="say whether it would load there: a target's name, a compute capability such as 8.9, or 'here'",
+    )
 
     convert = command("convert", _convert, "Write a checkpoint of either format as a Hugging Face directory, exactly.")
     convert.add_argument("--checkpoint", required=True)
@@ -137,7 +143,7 @@ def _build(args: argparse.Namespace) -> int:
             progress=bar,
         )  # fmt: skip
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    print(f"engine   {folder}")
+    print(f"engine   {folder}, target {manifest['target']['name']}, {manifest['target']['precision']}")
     _print_verdict(manifest, folder)
     if (manifest["parity"] or {}).get("verdict") == "fail":
         raise ParityFailedError(
@@ -219,24 +225,49 @@ def _stream(pieces: Any) -> None:
 def _inspect(args: argparse.Namespace) -> int:
     from engines.runtime.manifest import read_manifest
 
-    read_manifest(args.engine)  # refuses a damaged one
+    checked = read_manifest(args.engine)  # refuses a damaged one
     manifest = json.loads((args.engine / "manifest.json").read_text(encoding="utf-8"))
     if args.json:
         print(json.dumps(manifest, indent=2))
         return 0
-    target, model = manifest["target"], manifest["model"]
+    target, model, flags = manifest["target"], manifest["model"], manifest["flags"]
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     print(f"engine   {manifest['name']}, built {manifest['created']}, {size / 1e6:.1f} MB in {len(manifest['files'])} files")
-    print(
-        f"target   {target['name']}: {target['runtime']}, {target['precision']}, {target['providers'][0]}, cache {target['cache']}"
-    )
+    where = ", ".join(target["providers"][:1]) or f"compute capability {flags.get('compute_capability') or 'any'}"
+    print(f"target   {target['name']}: {target['runtime']}, {target['precision']}, {where}, cache {target['cache']}")
     sizes = f"{model['num_layers']} layers, hidden {model['hidden_size']}, {model['num_heads']}/{model['num_kv_heads']} heads"
     print(f"model    {sizes} of {model['head_dim']}, vocabulary {model['vocab_size']}, up to {model['max_length']} tokens")
     for name, digest in manifest["digests"].items():
         print(f"{name:8} {digest}")
     print("tools    " + ", ".join(f"{name} {version}" for name, version in manifest["tools"].items()))
     _print_verdict(manifest, args.engine)
-    return 0
+    return 0 if args.on is None else _tell_whether_it_loads(checked, args.on)
+
+
+def _tell_whether_it_loads(manifest: Any, card: str) -> int:
+    """Print what keeps an engine from running on a card; 0 if nothing does, else 2. No GPU is touched."""
+    from engines.device import place
+    from engines.runtime.compatibility import problems
+
+    where = place(card)
+    version = _installed_version(manifest.target.runtime) if card == "here" else None
+    found = problems(
+        manifest,
+        tensorrt_version=version,
+        compute_capability=where.compute_capability,
+        memory_bytes=where.memory_bytes or None,
+    )
+    print(f"on       {where.name}: " + ("nothing in the manifest speaks against it" if not found else "would not load"))
+    for problem in found:
+        print(f"         {problem}")
+    return 2 if found else 0
+
+
+def _installed_version(module: str) -> str | None:
+    try:
+        return str(importlib.import_module(module).__version__)
+    except ImportError:
+        return None
 
 
 def _convert(args: argparse.Namespace) -> int:

@@ -225,3 +225,55 @@ def test_the_example_needs_no_download_and_fits_its_size():
     assert sum(files.values()) <= 8_000_000
     losses = json.loads((TINY / "training.json").read_text())["held_out_nats_per_token"]
     assert losses["ngpt"] < losses["trigram"] < losses["unigram"]
+
+
+@pytest.fixture(scope="module")
+def rtx_engine(tmp_path_factory):
+    from engines.build import build_engine
+
+    return build_engine(GOLDEN / "gqa", "rtx-5090", tmp_path_factory.mktemp("rtx") / "engine")
+
+
+@pytest.mark.parametrize(
+    "card, code, told",
+    [
+        ("rtx-pro-6000", 0, "nothing in the manifest speaks against it"),
+        ("12.0", 0, "nothing in the manifest speaks against it"),
+        ("rtx-4090", 2, "built for another GPU: expected compute capability 12.0, found 8.9"),
+        ("8.6", 2, "expected compute capability 12.0, found 8.6"),
+    ],
+)
+def test_inspect_tells_whether_an_engine_would_load_on_a_card(capsys, rtx_engine, card, code, told):
+    got, out, _ = run(capsys, "inspect", rtx_engine, "--on", card)
+    assert got == code and told in out and "tensorrt_rtx" in out and "compute capability 12.0" in out
+
+
+@pytest.mark.parametrize("card, told", [("cpu-int8", "has no GPU"), ("gtx", "unknown target 'gtx'")])
+def test_inspect_refuses_what_is_not_a_card(capsys, rtx_engine, card, told):
+    code, _, err = run(capsys, "inspect", rtx_engine, "--on", card)
+    assert code == 2 and told in err
+
+
+def test_inspect_and_auto_ask_nvidia_smi(capsys, rtx_engine, checkpoint, tmp_path, monkeypatch):
+    """With a stand-in for nvidia-smi on the PATH that answers for a card that is not there."""
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho 'NVIDIA GeForce RTX 4090, 8.9, 24564'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=":")
+    code, out, _ = run(capsys, "inspect", rtx_engine, "--on", "here")
+    assert code == 2 and "NVIDIA GeForce RTX 4090: would not load" in out
+    code, out, _ = run(capsys, "build", "--checkpoint", checkpoint, "--target", "auto", "--output", tmp_path / "e", "--no-verify")
+    assert code == 0 and "target rtx-4090, fp16" in out
+
+
+def test_auto_without_a_gpu_is_the_default_target(capsys, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("engines.device.shutil.which", lambda name: None)
+    code, out, _ = run(capsys, "build", "--checkpoint", checkpoint, "--target", "auto", "--output", tmp_path / "e", "--no-verify")
+    assert code == 0 and "target cpu-int8" in out
+
+
+def test_an_engine_that_nobody_has_run_is_not_packaged(capsys, rtx_engine, tmp_path):
+    code, _, err = run(capsys, "package", rtx_engine, "--output", tmp_path / "models")
+    assert code == 2 and "--allow-unverified" in err
+    assert not (tmp_path / "models").exists()
