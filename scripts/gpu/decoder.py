@@ -6,6 +6,7 @@ It follows export/network.py (relu2, no biases, rotary positions) and is tested 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -81,10 +82,14 @@ def random_weights(shape: Shape, length: int, dtype: torch.dtype, device: str) -
 
 
 class Decoder:
-    """`prefill(ids [B, T])` fills the cache from position 0; `decode(ids [B, 1])` computes the last position of the cache."""
+    """`prefill(ids [B, T])` fills the cache from position 0; `decode(ids [B, 1])` computes the last position of the cache.
+
+    `step` computes one layer and may be replaced by a compiled form of itself.
+    """
 
     def __init__(self, shape: Shape, weights: Weights, norms: Norms, batch: int, length: int) -> None:
         self.shape, self.weights, self.norms, self.length = shape, weights, norms, length
+        self.step: Callable[..., Tensor] = self._layer
         size = (batch, shape.keys, length, shape.channels)
         self.cache = [(weights.embed.new_zeros(size), weights.embed.new_zeros(size)) for _ in weights.layers]
         positions = torch.arange(length, device=weights.embed.device, dtype=torch.int32)
@@ -105,20 +110,25 @@ class Decoder:
         return functional.linear(self._stack(ids, self._last, self.length - 1)[:, -1], self.weights.head)
 
     def _stack(self, ids: Tensor, positions: Tensor, start: int) -> Tensor:
-        shape, weights, norms = self.shape, self.weights, self.norms
-        batch, tokens = ids.shape
-        h = functional.embedding(ids, weights.embed)
-        for layer, (keys, values) in zip(weights.layers, self.cache, strict=True):
-            packed = functional.linear(h, layer.qk)
-            q, k = norms.qk(packed, weights.cos, weights.sin, positions, layer.q_scale, shape.heads)
-            v = functional.linear(h, layer.v).view(batch, tokens, shape.keys, shape.channels).transpose(1, 2)
-            end = start + tokens
-            keys[:, :, start:end], values[:, :, start:end] = k, v
-            a = functional.scaled_dot_product_attention(
-                q, keys[:, :, :end], values[:, :, :end], is_causal=tokens > 1, scale=math.sqrt(shape.channels), enable_gqa=True
-            )
-            x = functional.linear(a.transpose(1, 2).reshape(batch, tokens, -1), layer.o)
-            h = norms.update(h, x, layer.attn_lr, 0.0)
-            x = functional.linear(functional.relu(functional.linear(h, layer.up)).square(), layer.down)
-            h = norms.update(h, x, layer.mlp_lr, MLP_EPS)
+        h = functional.embedding(ids, self.weights.embed)
+        for layer, (keys, values) in zip(self.weights.layers, self.cache, strict=True):
+            h = self.step(h, positions, keys, values, start, *vars(layer).values())
         return h
+
+    def _layer(
+        self, h: Tensor, positions: Tensor, keys: Tensor, values: Tensor, start: int,
+        qk: Tensor, v: Tensor, o: Tensor, up: Tensor, down: Tensor, attn_lr: Tensor, mlp_lr: Tensor, q_scale: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """One layer over plain tensors: all layers then share what is compiled for the first."""
+        shape, norms = self.shape, self.norms
+        batch, tokens, _ = h.shape
+        q, k = norms.qk(functional.linear(h, qk), self.weights.cos, self.weights.sin, positions, q_scale, shape.heads)
+        end = start + tokens
+        keys[:, :, start:end] = k
+        values[:, :, start:end] = functional.linear(h, v).view(batch, tokens, shape.keys, shape.channels).transpose(1, 2)
+        a = functional.scaled_dot_product_attention(
+            q, keys[:, :, :end], values[:, :, :end], is_causal=tokens > 1, scale=math.sqrt(shape.channels), enable_gqa=True
+        )
+        h = norms.update(h, functional.linear(a.transpose(1, 2).reshape(batch, tokens, -1), o), attn_lr, 0.0)
+        x = functional.linear(functional.relu(functional.linear(h, up)).square(), down)
+        return norms.update(h, x, mlp_lr, MLP_EPS)

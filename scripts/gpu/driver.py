@@ -30,6 +30,7 @@ class Bindings:
         from cuda.bindings import driver
 
         self._api = driver
+        self._check(driver.cuInit(0))
 
     def _check(self, result: tuple[Any, ...]) -> Any:
         status, *rest = result
@@ -51,6 +52,7 @@ class Library:
 
     def __init__(self) -> None:
         self._api = ctypes.CDLL("libcuda.so.1")
+        self._check(self._api.cuInit(0))
 
     def _check(self, status: int) -> None:
         if status:
@@ -95,9 +97,14 @@ class Launcher:
         self._function = driver.function(ptx.encode() + b"\0", kernel.name.encode() + b"\0")
 
     def __call__(self, count: int, *arguments: Any) -> None:
-        """Launch over `count` rows or tokens on torch's current stream. The caller keeps the tensors alive and contiguous."""
+        """Launch over `count` rows or tokens on torch's current stream; the caller keeps the tensors alive.
+
+        Raises ValueError for a tensor that is not contiguous: the kernel would read something else.
+        """
         import torch
 
+        if not all(isinstance(value, int) or value.is_contiguous() for value in arguments):
+            raise ValueError(f"{self.kernel.name} takes contiguous tensors")
         plain = [value if isinstance(value, int) else value.data_ptr() for value in arguments]
         addresses, _values = pack(self.kernel, plain)
         stream = torch.cuda.current_stream().cuda_stream

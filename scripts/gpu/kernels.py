@@ -27,6 +27,7 @@ TOKENS = {torch.bfloat16: (1, 4, 16, 64, 256, 1024, 4096), torch.float16: (1, 25
 # Rows of these magnitudes: squares of the outer ones leave float32's range.
 MAGNITUDES = {"float32": (1, 1e30, 1e-30, 0), "float16": (1, 6e4, 1e-7, 0), "bfloat16": (1, 1e30, 1e-30, 0)}
 COPY_FRACTION = 0.9  # goal where the data exceeds L2
+NOISE = 1.02  # times closer than this are a draw
 
 
 def section() -> Iterable[Row]:
@@ -145,7 +146,7 @@ def _timed(work: Callable[[torch.dtype, int], Work], ours: Norms, dtype: torch.d
     for contender, norms in (("ours", ours), ("eager", TorchNorms()), ("compiled", _Compiled())):
         times[contender] = timing.seconds_per_call([make(norms) for _ in range(sets)])
     fraction = moved / times["ours"] / copy
-    reached = times["ours"] <= times["compiled"] and (fraction >= COPY_FRACTION or not beyond_l2)
+    reached = times["ours"] <= NOISE * times["compiled"] and (fraction >= COPY_FRACTION or not beyond_l2)
     against = ", ".join(f"{other} {times[other] / times['ours']:.2f}x" for other in ("eager", "compiled"))
     place = "beyond L2" if beyond_l2 else "partly in L2"
     return Row(
