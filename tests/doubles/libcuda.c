@@ -19,7 +19,7 @@ int cuInit(unsigned flags) { return flags ? 1 : 0; }
 int cuDriverGetVersion(int *version) { return *version = 13000, 0; }
 int cuGetErrorName(int status, const char **name) { return *name = status == INVALID_PTX ? "CUDA_ERROR_INVALID_PTX" : "?", 0; }
 int cuModuleLoadData(void **module, const char *ptx) {
-  if (strncmp(ptx, ".version", 8)) return INVALID_PTX;
+  if (!strstr(ptx, ".version")) return INVALID_PTX;
   return *module = (void *)0x100, 0;
 }
 int cuModuleGetFunction(void **function, void *module, const char *name) {

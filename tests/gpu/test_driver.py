@@ -13,10 +13,13 @@ from tests.conftest import ROOT
 DOUBLE = Path(__file__).parents[1] / "doubles" / "libcuda.c"
 CHECK = """
 import ctypes, sys
-library = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
 import torch
 from export.plugins.compile import compile_ptx
 from export.plugins.kernels import HypersphereUpdate
+kernel = HypersphereUpdate(4096, 1e-6, "bfloat16")
+ptx = compile_ptx(kernel, 80)
+# Last: NVRTC does not survive a compilation after the double's symbols have become global.
+library = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
 from scripts.gpu.driver import Launcher, drivers
 
 class Launch(ctypes.Structure):
@@ -28,8 +31,7 @@ class Stream:
 
 torch.cuda.current_stream = Stream
 driver = drivers()[sys.argv[2]]
-kernel = HypersphereUpdate(4096, 1e-6, "bfloat16")
-launcher = Launcher(driver, kernel, compile_ptx(kernel, 80))
+launcher = Launcher(driver, kernel, ptx)
 h, x, out = (torch.zeros(21, 4096, dtype=torch.bfloat16) for _ in range(3))
 lr = torch.zeros(4096)
 launcher(21, h, x, lr, 21, out)
