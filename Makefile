@@ -1,4 +1,4 @@
-# make demo | make test | make check | make bench
+# make demo | make test | make check | make bench | make gpu-check
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE := 1
 
-.PHONY: env demo test check format bench freeze clean
+.PHONY: env demo test check format bench gpu-check freeze clean
 
 env: $(STAMP)
 
@@ -34,6 +34,10 @@ format: env
 
 bench: env
 	$(BIN)/python scripts/bench.py
+
+# With the machine's own Python: a CUDA build of PyTorch is there already, and the environment above has the CPU one.
+gpu-check:
+	$(PYTHON) scripts/gpu_check.py
 
 freeze: env
 	@echo "# Versions seen to resolve and to pass the whole suite together (Python 3.11, 2 CPU cores). Regenerate with: make freeze" > constraints.txt

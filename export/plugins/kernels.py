@@ -29,8 +29,8 @@ class HypersphereUpdate:
     """norm(h + lr * (norm(x, eps) - h)) over rows of `size` channels.
 
     Arguments: h, x [rows, size] of `dtype`, lr float32 [size], rows int32; out [rows, size] of `dtype`.
-    Raises UnsupportedError for a size that is not a positive multiple of 8 or too large for a block's registers, an eps that
-    is negative, or an unknown dtype.
+    Raises UnsupportedError for a size that is not a positive multiple of 8 or too large for a block's registers, an eps
+    outside [0, 1), or an unknown dtype.
     """
 
     size: int
@@ -46,8 +46,8 @@ class HypersphereUpdate:
             raise UnsupportedError(
                 "hidden size of the hypersphere_update kernel", expected=f"a multiple of 8 up to {most}", found=str(self.size)
             )
-        if not self.eps >= 0:
-            raise UnsupportedError("eps of the hypersphere_update kernel", expected="0 or more", found=repr(self.eps))
+        if not 0 <= self.eps < 1:
+            raise UnsupportedError("eps of the hypersphere_update kernel", expected="0 or more, below 1", found=repr(self.eps))
 
     @property
     def block(self) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from export.plugins.compile import FOLDER
 
@@ -19,6 +20,7 @@ class Emulator:
     """`emulator.launch(kernel, count, *arguments)`: arrays and ints in the order of the kernel's parameters."""
 
     def __init__(self, kernels, folder, sources=FOLDER):
+        pytest.importorskip("ziglang", reason="ziglang is not installed: pip install 'ngpt-deploy[dev]'")
         self.kernels = list(dict.fromkeys(kernels))
         units = []
         for i, kernel in enumerate(self.kernels):

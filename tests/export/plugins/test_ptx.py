@@ -122,6 +122,7 @@ def test_unknown_entry_and_architecture():
         (lambda: HypersphereUpdate(1 << 20, 0.0, "float32"), "up to 20480"),
         (lambda: HypersphereUpdate(64, -1.0, "float32"), "eps"),
         (lambda: HypersphereUpdate(64, float("nan"), "float32"), "eps"),
+        (lambda: HypersphereUpdate(64, float("inf"), "float32"), "eps"),
         (lambda: HypersphereUpdate(64, 0.0, "int8"), "storage type"),
         (lambda: QKNorm(4, 2, 264, 64, "float32"), "head_dim"),
         (lambda: QKNorm(4, 2, 60, 60, "float32"), "head_dim"),
