@@ -39,7 +39,7 @@ _BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.125, "fp8"
 
 def build_engine(
     checkpoint: str | Path,
-    target: str,
+    target: str | Target,
     output: str | Path,
     *,
     precision: str | None = None,
@@ -79,8 +79,10 @@ def build_engine(
     return folder
 
 
-def choose_target(name: str, precision: str | None = None) -> Target:
-    """A target by name; "auto" is the one of this machine's GPU, else the default. Raises TargetError."""
+def choose_target(name: str | Target, precision: str | None = None) -> Target:
+    """A target by name, or as it is; "auto" is the one of this machine's GPU, else the default. Raises TargetError."""
+    if isinstance(name, Target):
+        return name
     if name == AUTO:
         device = detect()
         name = DEFAULT if device is None else target_for(device).name

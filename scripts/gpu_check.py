@@ -40,7 +40,7 @@ def sections(options: argparse.Namespace) -> dict[str, Section]:
     def rtx() -> Iterable[Row]:
         from scripts.gpu import rtx
 
-        return rtx.section()
+        return rtx.section(ROOT / "tests" / "golden", options.layers, options.context)
 
     return {"kernels": kernels, "golden": golden, "model": model, "rtx": rtx}
 
