@@ -7,6 +7,7 @@ import pytest
 from engines.build import build_engine
 from engines.plan import DECODE, PREFILL, build_plan
 from engines.target import Gpu, Profile, Target, load_target, target_names
+from export.lowerings import tensorrt_plugins
 from export.lowerings.onnx import OnnxPortable
 from export.lowerings.tensorrt_library import load_library
 from export.weights import DeployedWeights
@@ -14,6 +15,7 @@ from ngpt.checkpoint import open_checkpoint
 from ngpt.errors import BuildError, MissingPackageError, TargetError
 from ngpt.weights import Weights
 from tests.conftest import ALL_CASES, GOLDEN, TINY, Golden
+from tests.doubles.plugin_layers import PluginLayers
 
 PROFILE = Profile(prefill_tokens=32, decode_batch=4)
 
@@ -149,6 +151,24 @@ def test_the_portable_onnx_graph_goes_through_tensorrts_parser(case, library, tm
     assert network.num_inputs == 3 + 2 * layers and network.num_outputs == 1 + 2 * layers
     assert network.get_output(0).name == "logits"
     library.check("the parsed graph")
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(library.compute_capability("12.0"), 0)
+    profile = builder.create_optimization_profile()
+    for name, low, high in (("input_ids", 1, 16), ("position_ids", 1, 16), ("attention_mask", 1, 64)):
+        profile.set_shape(name, (1, low), (1, high), (2, high))
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        if tensor.name.startswith("past"):
+            _, keys, _, size = tensor.shape
+            profile.set_shape(tensor.name, (1, keys, 0, size), (1, keys, 16, size), (2, keys, 48, size))
+    config.add_optimization_profile(profile)
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == library.trt.LayerType.ATTENTION_INPUT:  # no fused kernel in float32, as in our own lowering
+            layer.__class__ = library.trt.IAttentionInputLayer
+            layer.attention.decomposable = True
+    assert library.build(builder, network, config, tmp_path / "model.engine") > 100_000
 
 
 def test_a_target_writes_an_engine_folder_that_explains_itself(tmp_path):
@@ -172,6 +192,22 @@ def test_datacenter_targets_name_the_package_they_need(tmp_path):
     with pytest.raises(MissingPackageError, match=r"needs tensorrt.*ngpt-deploy\[tensorrt\]"):
         build_engine(GOLDEN / "gqa", "h100", tmp_path / "engine")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_datacenter_target_builds_through_stand_ins(tmp_path, monkeypatch):
+    """TensorRT-RTX in the place of TensorRT, placeholders in the place of the plugin layers: every line of ours runs, theirs does not."""
+    stand_in = load_library("tensorrt_rtx")
+    stand_in.name = "tensorrt"
+    kinds = stand_in.trt.DataType
+    layers = PluginLayers(stand_in.trt, None, {kinds.HALF: "float16", kinds.FLOAT: "float32"})
+    monkeypatch.setattr(tensorrt_plugins, "registration", layers)
+    monkeypatch.setattr("engines.build.load_library", lambda name: stand_in)
+    folder = build_engine(GOLDEN / "gqa", "h100", tmp_path / "engine")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["target"]["runtime"] == "tensorrt" and manifest["flags"]["form"] == "plugins"
+    assert manifest["flags"]["compute_capability"] == "9.0" and "tensorrt" in manifest["tools"]
+    assert len(layers.kernels) == 9 and {architecture for _, architecture in layers.kernels} == {90}
+    assert {kernel.dtype for kernel, _ in layers.kernels} == {"float16"}
 
 
 def test_a_precision_the_card_lacks_is_refused_by_name(tmp_path):

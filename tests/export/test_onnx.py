@@ -123,3 +123,23 @@ def test_fp16_graph_builds_with_the_branch_scaled_inside_half_precision(tmp_path
         half = DeployedWeights(Weights(checkpoint), half_precision=True)
         np.testing.assert_allclose(half.get("layers.0.mlp.up.weight"), plain.get("layers.0.mlp.up.weight") * 64**-0.25, rtol=1e-6)
         assert half.mlp_eps == pytest.approx(plain.mlp_eps * 64**-0.5)
+
+
+def test_the_float16_graph_is_as_close_to_golden_as_pytorch_in_float16(hf_case, tmp_path):
+    """The graph of the target cuda-fp16, run by ONNX Runtime's CPU kernels: its numerics, not its CUDA execution."""
+    import torch
+
+    from ngpt import NGPTForCausalLM
+
+    spec = export(hf_case, OnnxRuntime, tmp_path / "m.onnx", "fp16")
+    run = session(tmp_path / "m.onnx")
+    model = NGPTForCausalLM.from_pretrained(hf_case.folder, dtype=torch.float16, attn_implementation="eager")
+    ours, theirs = [], []
+    for row, real, expected in zip(hf_case.ids, hf_case.real, hf_case.logits, strict=True):
+        ids = row[real][None]
+        inputs = {k: v.astype(np.float16) if k.startswith("past") else v for k, v in feeds(spec, ids, np.ones_like(ids)).items()}
+        ours.append(run.run(["logits"], inputs)[0][0] - expected[real])
+        with torch.no_grad():
+            theirs.append(model(torch.from_numpy(ids)).logits[0].double().numpy() - expected[real])
+    ours, theirs = (float(np.sqrt(np.mean(np.concatenate(e) ** 2))) for e in (ours, theirs))
+    assert 0 < ours <= 2 * theirs
