@@ -37,7 +37,8 @@ def build_plan(
     assert target.gpu is not None and target.profile is not None
     builder, network = library.create_network()
     with Spool(path.parent) as spool:
-        lower(weights, target, library, network, spool, progress).define(taps)
+        architecture = int(target.gpu.compute_capability.replace(".", "") or 80)
+        lowering(target)(weights, library, network, spool, target.precision, progress, architecture).define(taps)
         config = builder.create_builder_config()
         for index in (PREFILL, DECODE):
             config.add_optimization_profile(_profile(builder, weights.spec, library, target.profile, index))
@@ -48,17 +49,13 @@ def build_plan(
         return library.build(builder, network, config, path, progress)
 
 
-def lower(
-    weights: DeployedWeights, target: Target, library: Library, network: Any, spool: Spool, progress: Progress | None = None
-) -> TensorRT:
-    """The lowering of a target's form, over an empty network."""
+def lowering(target: Target) -> type[TensorRT]:
+    """The class that defines the network of a target's form."""
     if target.form != "plugins":
-        return TensorRT(weights, library, network, spool, target.precision, progress)
+        return TensorRT
     from export.lowerings.tensorrt_plugins import TensorRTPlugins
 
-    assert target.gpu is not None
-    architecture = int(target.gpu.compute_capability.replace(".", ""))
-    return TensorRTPlugins(weights, library, network, spool, target.precision, progress, architecture=architecture)
+    return TensorRTPlugins
 
 
 def _profile(builder: Any, spec: NGPTSpec, library: Library, sizes: Profile, index: int) -> Any:

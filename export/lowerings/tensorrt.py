@@ -16,27 +16,16 @@ from typing import Any
 import numpy as np
 
 from export.lowerings import tensorrt_composed
-from export.lowerings.spool import Spool
 from export.lowerings.tensorrt_layers import TensorRTLayers
-from export.lowerings.tensorrt_library import Library, Progress
 from export.network import trace
-from export.weights import DeployedWeights, position_diagonal, rope_tables
+from export.weights import position_diagonal, rope_tables
 from ngpt.errors import UnsupportedError
 
 
 class TensorRT(TensorRTLayers):
     """Native layers only: what every library has, and what TensorRT-RTX, which takes no plugins, needs."""
 
-    def __init__(
-        self,
-        weights: DeployedWeights,
-        library: Library,
-        network: Any,
-        spool: Spool,
-        precision: str = "fp16",
-        progress: Progress | None = None,
-    ) -> None:
-        super().__init__(weights, library, network, spool, precision, progress)
+    def prepare(self) -> None:
         spec = self.spec
         self.input_ids = self.input("input_ids", self.int32, (-1, -1))
         self.position_ids = self.input("position_ids", self.int32, (-1, -1))

@@ -30,18 +30,24 @@ class TensorRTLayers(Lowering[Any]):
         library: Library,
         network: Any,
         spool: Spool,
-        precision: str,
-        progress: Progress | None,
+        precision: str = "fp16",
+        progress: Progress | None = None,
+        architecture: int = 80,
     ) -> None:
+        """`network` is empty. `architecture`: the compute capability plugins are compiled for, in tens and units (90 is 9.0)."""
         super().__init__(weights)
         if precision not in ARITHMETIC:
             raise UnsupportedError("precision of a TensorRT engine", expected=", ".join(ARITHMETIC), found=precision)
         self.library, self.trt, self.network, self.spool = library, library.trt, network, spool
-        self.precision, self.progress = precision, progress
+        self.precision, self.progress, self.architecture = precision, progress, architecture
         self.float32, self.int32 = library.dtype("fp32"), library.dtype("int32")
         self.stored = library.dtype(ARITHMETIC[precision])
         library.dtype(precision)  # refused by name before any work
         self.values: dict[str, Any] = {}
+        self.prepare()
+
+    def prepare(self) -> None:
+        """The network's inputs, and what all layers share."""
 
     def input(self, name: str, dtype: Any, shape: tuple[int, ...]) -> Any:
         tensor = self.network.add_input(name, dtype, shape)

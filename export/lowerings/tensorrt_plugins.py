@@ -10,31 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from export.lowerings.spool import Spool
 from export.lowerings.tensorrt import TensorRT
-from export.lowerings.tensorrt_library import Library, Progress
 from export.plugins import registration
 from export.plugins.kernels import HypersphereUpdate, QKNorm
-from export.weights import DeployedWeights, rope_tables
+from export.weights import rope_tables
 from ngpt.errors import UnsupportedError
 
 
 class TensorRTPlugins(TensorRT):
-    """`architecture` is the compute capability the kernels are compiled for, in tens and units: 90 is 9.0."""
-
-    def __init__(
-        self,
-        weights: DeployedWeights,
-        library: Library,
-        network: Any,
-        spool: Spool,
-        precision: str = "fp16",
-        progress: Progress | None = None,
-        *,
-        architecture: int = 80,
-    ) -> None:
-        super().__init__(weights, library, network, spool, precision, progress)
-        self.architecture = architecture
+    """Overrides the two coarse operations that the kernels are."""
 
     def queries_keys_values(self, name: str, h: Any) -> tuple[Any, Any, Any]:
         spec = self.spec
