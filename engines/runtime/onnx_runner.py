@@ -38,7 +38,7 @@ class OnnxRunner:
         dtype = np.dtype(_DTYPES[model.cache_dtype])
         self._cache: _SharedCache | _GrowingCache
         if self.in_place:
-            self._cache = _SharedCache(self._session, self.layers, num_slots, row, dtype, self._device)
+            self._cache = _SharedCache(self._session, self.layers, model.vocab_size, num_slots, row, dtype, self._device)
         else:
             self._cache = _GrowingCache(self._session, self.layers, row, dtype)
         self._rows = Rows(num_slots, self.max_length)
@@ -92,9 +92,9 @@ class _SharedCache:
     """One buffer a layer and kind, bound as past and present at once."""
 
     def __init__(
-        self, session: Any, layers: int, slots: int, row: tuple[int, int, int], dtype: np.dtype[Any], device: str
+        self, session: Any, layers: int, vocab: int, slots: int, row: tuple[int, int, int], dtype: np.dtype[Any], device: str
     ) -> None:
-        self._session, self._row, self._dtype, self._device = session, row, dtype, device
+        self._session, self._vocab, self._row, self._dtype, self._device = session, vocab, row, dtype, device
         self._names = [(f"past_key_values.{i}.{k}", f"present.{i}.{k}") for i in range(layers) for k in ("key", "value")]
         shape = (slots, *row)
         if device == "cpu":
@@ -115,9 +115,9 @@ class _SharedCache:
         binding = self._binding(first, count)
         for name, array in (("input_ids", ids), ("attention_mask", mask), ("position_ids", positions)):
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        binding.bind_output("logits", "cpu")
+        logits: Logits = np.empty((*ids.shape, self._vocab), np.float32)
+        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         self._session.run_with_iobinding(binding)
-        logits: Logits = binding.get_outputs()[-1].numpy()
         return logits
 
     def _binding(self, first: int, count: int) -> Any:

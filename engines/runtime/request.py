@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 FinishReason = Literal["eos", "stop", "length", "cancelled", "error"]
 CancelReason = Literal["cancelled", "stop"]
 NO_TOKEN = -1
+_GLANCE = 0.2  # seconds: every wait is bounded, so that a scheduler stopped meanwhile is noticed
 """The `token` of an event that only says how a request ended."""
 
 
@@ -95,6 +96,7 @@ class RequestHandle:
         self.owner: object = None  # kept alive as long as the handle: an engine stops when nothing refers to it
         self._scheduler, self._on_event = scheduler, on_event
         self._changed = threading.Condition()
+        self._finished = threading.Event()  # who waits for the end need not be woken for every token
         self._events: list[TokenEvent] = []
         self._context: list[Logits] = []
         self._arrival, self._scheduled, self._first, self._last = time.monotonic_ns(), 0, 0, 0
@@ -153,7 +155,10 @@ class RequestHandle:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 return False
-            self._wait(left)
+            if self._scheduler.running:
+                self._finished.wait(_GLANCE if left is None else min(left, _GLANCE))
+            else:
+                self._scheduler.step()
         return True
 
     @property
@@ -191,18 +196,12 @@ class RequestHandle:
                     return self._events[place]
                 if self._done:
                     return None
-            self._wait(None)
-
-    def _wait(self, timeout: float | None) -> None:
-        """Wait for a change; without a scheduler thread, make one by taking a step."""
-        seen = len(self._events)
-        if self._scheduler.running:
+            if not self._scheduler.running:  # without a thread of its own, whoever waits takes the steps
+                self._scheduler.step()
+                continue
             with self._changed:
-                if len(self._events) == seen and not self._done:
-                    # A bounded wait, so that a scheduler stopped meanwhile is noticed.
-                    self._changed.wait(0.2 if timeout is None else min(timeout, 0.2))
-        else:
-            self._scheduler.step()
+                if place == len(self._events) and not self._done:
+                    self._changed.wait(_GLANCE)
 
     # The scheduler's side.
 
@@ -230,6 +229,8 @@ class RequestHandle:
                 self._first = self._first or self._last
             self._events.append(event)
             self._done = event.finish_reason is not None
+            if self._done:
+                self._finished.set()
             self._changed.notify_all()
         if self._on_event is not None:
             self._on_event(event)
