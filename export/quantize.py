@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+_BLOCK = 1 << 22  # weights in flight while rounding: a head of 131072 rows takes gigabytes of scratch at once
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -44,7 +46,17 @@ def quantize(weight: NDArray[np.float32], bits: int, block_size: int = 32) -> Qu
         raise ValueError(f"bits must be 4 or 8 and block_size even and at least 16, found {bits} and {block_size}")
     rows, columns = weight.shape
     blocks = -(-columns // block_size)
-    padded = np.pad(weight, ((0, 0), (0, blocks * block_size - columns))).reshape(rows, blocks, block_size)
+    data = np.empty((rows, blocks, block_size * bits // 8), np.uint8)
+    scales = np.empty((rows, blocks), np.float32)
+    step = max(1, _BLOCK // columns)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        data[part], scales[part] = _quantize_rows(weight[part], bits, block_size)
+    return Quantized(data, scales, bits, block_size, columns)
+
+
+def _quantize_rows(weight: NDArray[np.float32], bits: int, block_size: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    padded = np.pad(weight, ((0, 0), (0, -weight.shape[1] % block_size))).reshape(len(weight), -1, block_size)
     largest = np.take_along_axis(padded, np.abs(padded).argmax(axis=-1)[..., None], axis=-1)
     low, zero = -(1 << (bits - 1)), 1 << (bits - 1)
     scales = largest / np.float32(low)
@@ -52,7 +64,7 @@ def quantize(weight: NDArray[np.float32], bits: int, block_size: int = 32) -> Qu
     codes = (np.clip(np.rint(padded * inverse), low, zero - 1) + zero).astype(np.uint8)
     if bits == 4:
         codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
-    return Quantized(codes, scales[..., 0].astype(np.float32), bits, block_size, columns)
+    return codes, scales[..., 0].astype(np.float32)
 
 
 def quantize_dequantize(weight: NDArray[np.float32], bits: int, block_size: int = 32) -> NDArray[np.float32]:
