@@ -9,13 +9,15 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from scripts.cli import main as ngpt_deploy
 
 WORK = ROOT / "build" / "demo"
-PROMPT = "def read_file(path, encoding='utf-8'):\n    "
+PROMPT = "class Stack:\n    def push(self, item):"
+SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_k": 40, "seed": 1}  # greedy text of so small a model soon repeats itself
 
 
 def step(title: str) -> None:
@@ -49,7 +51,7 @@ def main() -> int:
         step("stream a completion over gRPC")
         print(PROMPT, end="", flush=True)
         start, pieces, first = time.perf_counter(), 0, 0.0
-        for piece in stream_text(f"127.0.0.1:{server.grpc_port}", PROMPT, max_tokens=96):
+        for piece in stream_text(f"127.0.0.1:{server.grpc_port}", PROMPT, max_tokens=96, **SAMPLING):
             first = first or time.perf_counter() - start
             pieces += 1
             print(piece, end="", flush=True)
