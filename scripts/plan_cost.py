@@ -29,8 +29,12 @@ def write_checkpoint(folder: Path, layers: int) -> None:
 
     from ngpt import NGPTConfig, NGPTForCausalLM
 
-    torch.set_default_dtype(torch.bfloat16)
-    NGPTForCausalLM(NGPTConfig(num_hidden_layers=layers, vocab_size=VOCABULARY)).save_pretrained(folder)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # half the memory while the weights are drawn
+    try:
+        NGPTForCausalLM(NGPTConfig(num_hidden_layers=layers, vocab_size=VOCABULARY)).save_pretrained(folder)
+    finally:
+        torch.set_default_dtype(usual)
 
 
 class Peak(threading.Thread):
