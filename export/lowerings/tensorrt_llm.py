@@ -54,9 +54,7 @@ class TensorRTLLM(Lowering[Any]):
         whole = model.spec
         tp = self.mapping.tp_size
         # The network as this rank sees it: its own heads.
-        self.spec = dataclasses.replace(
-            whole, num_heads=whole.num_heads // tp, num_kv_heads=max(1, whole.num_kv_heads // tp)
-        )
+        self.spec = dataclasses.replace(whole, num_heads=whole.num_heads // tp, num_kv_heads=max(1, whole.num_kv_heads // tp))
         self.key_heads = whole.num_kv_heads
         self.mlp_eps: float = model.mlp_eps
         self.layers = self.mapping.pp_layers(whole.num_layers)

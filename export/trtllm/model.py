@@ -121,7 +121,9 @@ class NGPTForCausalLM(PretrainedModel):
     ) -> Any:
         """State the network and mark its outputs: `logits` float32 on the last stage, else `hidden_states_output`."""
         if given := sorted(name for name, value in others.items() if value is not None):
-            raise UnsupportedError("inputs of NGPTForCausalLM", expected="no LoRA, prompt tuning or drafts", found=", ".join(given))
+            raise UnsupportedError(
+                "inputs of NGPTForCausalLM", expected="no LoRA, prompt tuning or drafts", found=", ".join(given)
+            )
         plugins = default_net().plugin_config
         if not plugins.gpt_attention_plugin:
             raise UnsupportedError("gpt_attention_plugin", expected="enabled", found="disabled")
