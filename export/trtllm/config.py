@@ -60,4 +60,5 @@ def trtllm_config(weights: DeployedWeights, parallel: Parallel, precision: str) 
 
 def spec_from(ngpt: dict[str, Any]) -> NGPTSpec:
     """The spec of a config's `ngpt` table. Raises ConfigError when it is inconsistent, TypeError for other fields than NGPTSpec's."""
-    return NGPTSpec(**{key: tuple(value) if isinstance(value, list) else value for key, value in ngpt["spec"].items()})
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in ngpt["spec"].items()}
+    return NGPTSpec(**fields)

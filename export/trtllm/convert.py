@@ -49,9 +49,10 @@ def convert(weights: DeployedWeights, folder: Path, parallel: Parallel, precisio
         for done, source in enumerate(weights.names()):
             if progress is not None:
                 progress(f"converting {source}", done / len(weights.names()))
-            value = weights.get(source)
+            is_matrix = wanted[source][0][2].kind == "matrix"
+            scale = scales.of(source) if scales is not None and is_matrix else None
+            value = weights.get(source)  # after the scale, which reads tensors of its own
             for rank, name, entry, part in wanted[source]:
-                scale = scales.of(source) if scales is not None and entry.kind == "matrix" else None
                 _write(files[rank], name, part, value, dtypes[entry.kind], scale[0] if scale else 1.0, source)
                 if scale is not None:
                     for kind, number in zip(_SCALES, scale, strict=True):

@@ -18,7 +18,7 @@ LARGEST = 448.0
 
 def weight_scale(weights: DeployedWeights, names: list[str]) -> float:
     """One scale for the canonical matrices `names`, which are one product; reads them one at a time."""
-    largest = max(float(np.abs(weights.get(name)).max()) for name in names)
+    largest = max(_largest(weights.get(name)) for name in names)
     return largest / LARGEST if largest > 0 else 1.0
 
 
@@ -37,6 +37,11 @@ def activation_scale(weights: DeployedWeights, product: str) -> float:
     if not np.isfinite(bound):
         raise UnsupportedError(f"range of the input of {product}", expected="finite weights", found=str(bound))
     return bound / LARGEST if bound > 0 else 1.0
+
+
+def _largest(matrix: Array) -> float:
+    """Of the absolute values, without a copy."""
+    return max(float(matrix.max()), -float(matrix.min()))
 
 
 def _row_bounds(weights: DeployedWeights, product: str) -> Array:
