@@ -50,6 +50,9 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--output", required=True, help="engine folder to make; must not exist")
     build.add_argument("--name", help="name in the manifest; the checkpoint folder's if not given")
     build.add_argument("--no-verify", action="store_true", help="skip parity; the packager will then refuse the engine")
+    build.add_argument("--tp", type=int, default=1, help="cards a layer is divided among (TensorRT-LLM targets)")
+    build.add_argument("--pp", type=int, default=1, help="cards the layers are divided among (TensorRT-LLM targets)")
+    build.add_argument("--dry-run", action="store_true", help="say what would be done and write nothing (TensorRT-LLM targets)")
 
     verify = command("verify", _verify, "Compare an engine with PyTorch on its checkpoint and write the report.")
     verify.add_argument("engine", type=Path)
@@ -131,11 +134,17 @@ class Bar:
 def _build(args: argparse.Namespace) -> int:
     from engines.build import build_engine
 
+    if args.dry_run:
+        return _dry_run(args)
     with Bar() as bar:
         folder = build_engine(
             args.checkpoint, args.target, args.output, precision=args.precision, name=args.name, verify=not args.no_verify,
-            progress=bar,
+            tp=args.tp, pp=args.pp, progress=bar,
         )  # fmt: skip
+    if not (folder / "manifest.json").exists():  # TensorRT-LLM is not installed here
+        print(f"checkpoint {folder / 'checkpoint'}\n")
+        print((folder / "BUILD.md").read_text(encoding="utf-8"), end="")
+        return 0
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     print(f"engine   {folder}")
     _print_verdict(manifest, folder)
@@ -144,6 +153,18 @@ def _build(args: argparse.Namespace) -> int:
             f"{folder} does not agree with PyTorch", expected="verdict pass", found="fail",
             remedy=f"open {folder / 'parity.html'} to see where they part ways",
         )  # fmt: skip
+    return 0
+
+
+def _dry_run(args: argparse.Namespace) -> int:
+    from engines.trtllm import dry_run
+    from export.trtllm.parallel import Parallel
+    from ngpt.errors import TargetError
+
+    target = load_target(args.target, args.precision)
+    if target.runtime != "tensorrt_llm":
+        raise TargetError("--dry-run", expected="a TensorRT-LLM target", found=target.name)
+    print(dry_run(args.checkpoint, target, Path(args.output), Parallel(args.tp, args.pp)))
     return 0
 
 
@@ -228,7 +249,7 @@ def _inspect(args: argparse.Namespace) -> int:
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     print(f"engine   {manifest['name']}, built {manifest['created']}, {size / 1e6:.1f} MB in {len(manifest['files'])} files")
     print(
-        f"target   {target['name']}: {target['runtime']}, {target['precision']}, {target['providers'][0]}, cache {target['cache']}"
+        f"target   {target['name']}: {target['runtime']}, {', '.join([target['precision'], *target['providers']])}, cache {target['cache']}"
     )
     sizes = f"{model['num_layers']} layers, hidden {model['hidden_size']}, {model['num_heads']}/{model['num_kv_heads']} heads"
     print(f"model    {sizes} of {model['head_dim']}, vocabulary {model['vocab_size']}, up to {model['max_length']} tokens")
