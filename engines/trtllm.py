@@ -70,7 +70,7 @@ def build_trtllm(
             (work / "checkpoint").mkdir()
             convert(
                 deployed(opened, target), work / "checkpoint", parallel, target.precision,
-                lambda what, part: report(what, 0.2 + 0.6 * part),
+                lambda what, part: report(what, 0.2 + 0.6 * part), kernels=_kernels(target),
             )  # fmt: skip
             for path in opened.tokenizer_files:
                 shutil.copyfile(path, work / path.name)
@@ -226,6 +226,11 @@ def _bytes(checkpoint: Checkpoint, target: Target) -> int:
     weights = Weights(checkpoint)
     precision = target.precision if target.precision == "fp8" else ARITHMETIC[target.precision]
     return int(sum(math.prod(weights.shape(name)) for name in weights.names()) * BYTES_PER_WEIGHT[precision]) + (16 << 20)
+
+
+def _kernels(target: Target) -> int | None:
+    """The compute capability in tens and units for a target of form "plugins"."""
+    return int(target.gpu.compute_capability.replace(".", "")) if target.form == "plugins" and target.gpu else None
 
 
 def _span(heads: range) -> str:

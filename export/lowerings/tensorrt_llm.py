@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from export.lowerings.base import Lowering
+from export.plugins import registration
 from export.trtllm.layout import MODULES
 from export.weights import Array, position_diagonal, rope_tables
 from ngpt.errors import UnsupportedError
@@ -201,3 +202,22 @@ class TensorRTLLM(Lowering[Any]):
             rows = self.f.embedding(self.inputs.position_ids, self.f.constant(values))
             self._shared[name] = self.f.view(rows, [0] * self._leading + [1, values.shape[1]])
         return self._shared[name]
+
+
+class TensorRTLLMKernels(TensorRTLLM):
+    """With this project's fused kernel for the hypersphere update, as a TensorRT plugin whose PTX the engine embeds.
+
+    `architecture` is the compute capability in tens and units: 90 is 9.0. Call sites only: nobody has built an engine with them.
+    """
+
+    def __init__(self, functional: Any, model: Any, inputs: Inputs, network: Any, architecture: int) -> None:
+        super().__init__(functional, model, inputs)
+        self.network, self.architecture = network, architecture
+
+    def hypersphere_update(self, name: str, h: Any, x: Any, rate: str, eps: float) -> Any:
+        rates = self.vector(rate)
+        out = registration.hypersphere_update(
+            self.network, h.trt_tensor, x.trt_tensor, rates.trt_tensor, eps=eps, architecture=self.architecture
+        )
+        layer = self.network.get_layer(self.network.num_layers - 1)
+        return self.tap(name, self.f._create_tensor(out, layer))

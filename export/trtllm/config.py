@@ -27,8 +27,8 @@ def storage_dtype(precision: str) -> str:
     return DTYPES[ARITHMETIC[precision]]
 
 
-def trtllm_config(weights: DeployedWeights, parallel: Parallel, precision: str) -> dict[str, Any]:
-    """The dict of config.json. Raises UnsupportedError for an activation that TensorRT-LLM lacks."""
+def trtllm_config(weights: DeployedWeights, parallel: Parallel, precision: str, kernels: int | None = None) -> dict[str, Any]:
+    """The dict of config.json. `kernels`: the compute capability (90 is 9.0) to use this project's plugins for, None for none. Raises UnsupportedError for an activation that TensorRT-LLM lacks."""
     spec = weights.spec
     if spec.mlp not in ACTIVATIONS:
         raise UnsupportedError(
@@ -54,7 +54,7 @@ def trtllm_config(weights: DeployedWeights, parallel: Parallel, precision: str) 
         "embedding_sharding_dim": 0,
         "mapping": {"world_size": parallel.world, "tp_size": parallel.tp, "pp_size": parallel.pp},
         "quantization": {"quant_algo": QUANTISATION.get(precision), "kv_cache_quant_algo": None},
-        "ngpt": {"spec": spec.to_dict(), "mlp_eps": weights.mlp_eps},
+        "ngpt": {"spec": spec.to_dict(), "mlp_eps": weights.mlp_eps, "kernels": kernels},
     }
 
 

@@ -22,15 +22,23 @@ _BLOCK = 1 << 22  # elements rounded at once
 _SCALES = ("weights_scaling_factor", "activation_scaling_factor")
 
 
-def convert(weights: DeployedWeights, folder: Path, parallel: Parallel, precision: str, progress: Progress | None = None) -> None:
+def convert(
+    weights: DeployedWeights,
+    folder: Path,
+    parallel: Parallel,
+    precision: str,
+    progress: Progress | None = None,
+    *,
+    kernels: int | None = None,
+) -> None:
     """Write config.json and rank{i}.safetensors into an existing folder.
 
     Each canonical tensor is read once (fp8: twice, for its range) and its shares go to all files. Precisions: fp32, fp16, bf16; int8
-    and int4 (plain weights, which TensorRT-LLM's loader quantises); fp8 (per-tensor scales). Raises UnsupportedError for sizes
+    and int4 (plain weights, which TensorRT-LLM's loader quantises); fp8 (per-tensor scales). `kernels` as in `trtllm_config`. Raises UnsupportedError for sizes
     that cannot be divided, activations TensorRT-LLM lacks, or weights beyond float16.
     """
     parallel.check(weights.spec)
-    config = trtllm_config(weights, parallel, precision)
+    config = trtllm_config(weights, parallel, precision, kernels)
     stored: torch.dtype = getattr(torch, storage_dtype(precision))
     matrix = torch.float8_e4m3fn if precision == "fp8" else stored
     dtypes = {"matrix": matrix, "stored": stored, "vector": torch.float32}

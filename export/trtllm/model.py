@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
-from export.lowerings.tensorrt_llm import Inputs, TensorRTLLM
+from export.lowerings.tensorrt_llm import Inputs, TensorRTLLM, TensorRTLLMKernels
 from export.network import trace
 from export.trtllm.config import ARCHITECTURE, spec_from
 from ngpt.errors import MissingPackageError, UnsupportedError
 
 try:
     from tensorrt_llm import functional
-    from tensorrt_llm._common import default_net
+    from tensorrt_llm._common import default_net, default_trtnet
     from tensorrt_llm.layers import ColumnLinear, Embedding, RowLinear
     from tensorrt_llm.models import MODEL_MAP
     from tensorrt_llm.models.modeling_utils import PretrainedConfig, PretrainedModel
@@ -131,7 +131,12 @@ class NGPTForCausalLM(PretrainedModel):
             input_ids, position_ids, hidden_states, last_token_ids, use_cache, kv_cache_params, attention_params,
             packed=bool(plugins.remove_input_padding), paged=bool(plugins.paged_kv_cache),
         )  # fmt: skip
-        lowering = TensorRTLLM(functional, self, inputs)
+        kernels = self.config.ngpt.get("kernels")
+        lowering = (
+            TensorRTLLM(functional, self, inputs)
+            if kernels is None
+            else TensorRTLLMKernels(functional, self, inputs, default_trtnet(), kernels)
+        )
         out = trace(lowering)
         if self.config.mapping.is_last_pp_rank():
             out.mark_output("logits", self.config.logits_dtype)

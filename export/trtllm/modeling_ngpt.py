@@ -1,6 +1,6 @@
 """nGPT for TensorRT-LLM's PyTorch flow (1.3 and later): modules over its attention and parallel linears, loaded from a Hugging Face folder.
 
-    trtllm-serve DIR --custom_module_dirs export/trtllm/custom_module [--tp_size N]
+    trtllm-serve DIR --custom_module_dirs export/trtllm/custom/ngpt_trtllm [--tp_size N]
 
 Pinned to the API of release candidates of 1.3, read in NVIDIA/TensorRT-LLM: tensorrt_llm/_torch/modules/attention.py (commit 00547a25),
 linear.py (00bbf71e), embedding.py (fbbc05dd), models/modeling_utils.py (stored without a commit: the file that defines
@@ -62,13 +62,15 @@ def runtime_config(base: Any) -> Any:
             self.num_key_value_heads = own["num_key_value_heads"] or own["num_attention_heads"]
             self.head_dim = own["head_dim"] or own["hidden_size"] // own["num_attention_heads"]
 
+    NGPTRuntimeConfig.__qualname__ = "NGPTRuntimeConfig"
     return NGPTRuntimeConfig
 
 
 try:
     AutoConfig.for_model("ngpt")  # with transformers 5, `ngpt` has registered its own class
 except ValueError:
-    AutoConfig.register("ngpt", runtime_config(PretrainedConfig))
+    NGPTRuntimeConfig = runtime_config(PretrainedConfig)  # under its own name, so that it can be pickled
+    AutoConfig.register("ngpt", NGPTRuntimeConfig)
 
 
 def config_dict(config: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import nn
 
 from tests.doubles.tensorrt_llm_double.world import rank, world
 
-CLIENTS = ("export.trtllm.modeling_ngpt", "export.trtllm.custom_module")
+CLIENTS = ("export.trtllm.modeling_ngpt", "ngpt_trtllm")
 MODEL_CLASS_MAPPING = {}
 
 

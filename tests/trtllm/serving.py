@@ -20,11 +20,11 @@ MAX_LEN = 64
 ONE = Parallel()
 
 
-def converted(checkpoint, folder, parallel=ONE, precision="fp32"):
+def converted(checkpoint, folder, parallel=ONE, precision="fp32", kernels=None):
     """The checkpoint in TensorRT-LLM's format, in an existing folder."""
     with open_checkpoint(checkpoint) as opened:
         weights = DeployedWeights(Weights(opened), half_precision=precision in ("fp16", "int8", "fp8", "int4"))
-        convert(weights, folder, parallel, precision)
+        convert(weights, folder, parallel, precision, kernels=kernels)
     return folder
 
 

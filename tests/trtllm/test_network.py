@@ -143,6 +143,28 @@ def test_the_comparison_notices(fault, tmp_path, monkeypatch):
     assert error(got, case.logits[0][:20]) > 100 * LOGIT_ERROR
 
 
+def test_the_fused_update_is_called_with_what_it_documents(tmp_path, monkeypatch):
+    """The call site of the plugin: a stand-in computes what the kernel's docstring says (the kernel has tests of its own)."""
+    from export.plugins import registration
+
+    calls = []
+
+    def stand_in(network, h, x, lr, *, eps, architecture):
+        network.num_layers += 1
+        assert h.shape == x.shape and h.dtype == x.dtype and lr.dtype == torch.float32 and lr.shape == h.shape[-1:]
+        calls.append((eps, architecture))
+        unit = x.float() / (x.float().norm(dim=-1, keepdim=True) + eps).clamp_min(1e-38)
+        moved = h.float() + lr * (unit - h.float())
+        return (moved / moved.norm(dim=-1, keepdim=True)).to(h.dtype)
+
+    monkeypatch.setattr(registration, "hypersphere_update", stand_in)
+    case = Golden("gqa")
+    engine = Engine(converted(case.folder, tmp_path, Parallel(2), kernels=90), 2)
+    got = engine.step([(0, case.ids[0][:9], True)])[0]
+    assert error(got, case.logits[0][:9]) <= LOGIT_ERROR
+    assert sorted(calls) == sorted([(0.0, 90), (1e-6, 90)] * 3 * 2)
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("tp", [1, 2])
 def test_half_precision_is_as_close_to_golden_as_pytorch_in_the_same_type(hf_case, precision, tp, tmp_path):

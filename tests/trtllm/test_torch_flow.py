@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from ngpt.checkpoint import open_checkpoint, save_hf
 from ngpt.errors import MissingPackageError, ShapeError, UnsupportedError
 from ngpt.spec import NGPTSpec
-from tests.conftest import GOLDEN, Golden
+from tests.conftest import GOLDEN, ROOT, Golden
 from tests.doubles import trtllm_torch
 from tests.doubles.tensorrt_llm_double.layers import Mapping
 from tests.doubles.tensorrt_llm_double.world import World
@@ -37,7 +37,9 @@ class Engine:
             return model.requires_grad_(False)
 
         with trtllm_torch.installed():
-            importlib.import_module("export.trtllm.custom_module")
+            with pytest.MonkeyPatch.context() as patch:  # as tensorrt_llm/tools/importlib_utils.py does
+                patch.syspath_prepend(ROOT / "export" / "trtllm" / "custom")
+                importlib.import_module("ngpt_trtllm")
             cls = trtllm_torch.MODEL_CLASS_MAPPING[json.loads((folder / "config.json").read_text())["architectures"][0]]
             self.models = [build(rank) for rank in range(tp * pp)]
 

@@ -27,7 +27,9 @@ def installed():
     modules = {
         "tensorrt_llm": package,
         "tensorrt_llm.functional": functional,
-        "tensorrt_llm._common": _module("tensorrt_llm._common", default_net=world.default_net),
+        "tensorrt_llm._common": _module(
+            "tensorrt_llm._common", default_net=world.default_net, default_trtnet=world.default_trtnet
+        ),
         "tensorrt_llm.layers": _module(
             "tensorrt_llm.layers", ColumnLinear=layers.Linear, RowLinear=layers.RowLinear, Embedding=layers.Embedding
         ),

@@ -10,6 +10,11 @@ from tests.doubles.tensorrt_llm_double.world import DTYPES, default_net, rank, w
 __all__ = ["Tensor", "gpt_attention"]
 
 
+def _create_tensor(trt_tensor, producer):
+    assert producer is not None
+    return made(trt_tensor)
+
+
 def constant(ndarray, as_dtype=None, as_shape=None):
     assert isinstance(ndarray, np.ndarray) and ndarray.flags.c_contiguous and as_dtype is None and as_shape is None
     return made(torch.from_numpy(ndarray.copy()))

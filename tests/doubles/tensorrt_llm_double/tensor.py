@@ -43,6 +43,11 @@ class Tensor:
         return next(name for name, kind in DTYPES.items() if kind == self.data.dtype)
 
     @property
+    def trt_tensor(self):
+        """The ITensor: here the value itself."""
+        return self.data
+
+    @property
     def shape(self):
         return tuple(self.data.shape)
 

@@ -26,6 +26,11 @@ class Network:
             remove_input_padding=packed, paged_kv_cache=paged, tokens_per_block=4, use_paged_context_fmha=packed,
         )  # fmt: skip
         self.outputs, self.inputs, self.collectives = {}, {}, []
+        self.num_layers = 0
+
+    def get_layer(self, index):
+        assert 0 <= index < self.num_layers
+        return object()
 
 
 class World:
@@ -98,3 +103,8 @@ def world():
 
 def rank():
     return _here.rank
+
+
+def default_trtnet():
+    """The INetworkDefinition: here the network itself, whose last layer is whatever was added last."""
+    return _here.network
