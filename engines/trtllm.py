@@ -164,9 +164,10 @@ mounted:
 
 `--no-deps` matters: this version of TensorRT-LLM pins transformers 4, which the model class does not need.
 
-Serve `engine/` with TensorRT-LLM's C++ executor (its Triton backend, `tensorrt_llm.runtime.ModelRunnerCpp`), which needs nothing of
-ngpt-deploy; tokenizer files are beside this file. Tools that read an engine's configuration in Python, `trtllm-serve` among
-them, look its architecture up in a table and must `import export.trtllm.model` first.
+Serve `engine/` with TensorRT-LLM's Triton backend, whose C++ reads the engine's configuration itself and needs nothing of ngpt-deploy;
+tokenizer files are beside this file. `trtllm-serve` and `tensorrt_llm.runtime.ModelRunnerCpp` read it in Python and look its
+architecture up in a table: they find it after `import export.trtllm.model` in the same process.
+`scripts/verify_on_vendor_container.sh` of ngpt-deploy does all of this and compares logits with PyTorch.
 
 Not executed: this project has checked the network on a double of TensorRT-LLM's API, never on TensorRT-LLM.
 """
