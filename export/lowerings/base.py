@@ -24,8 +24,16 @@ class Lowering(ABC, Generic[T]):
     def __init__(self, weights: DeployedWeights) -> None:
         self.weights = weights
         self.spec = weights.spec
-        self.mlp_eps = weights.mlp_eps
-        self.layers: Sequence[int] = range(self.spec.num_layers)
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """The layers to state."""
+        return range(self.spec.num_layers)
+
+    @property
+    def mlp_eps(self) -> float:
+        """eps of the norm of the MLP's branch."""
+        return self.weights.mlp_eps
 
     @abstractmethod
     def embedding(self, name: str) -> T:

@@ -14,6 +14,7 @@ nGPT's sqrt(D). It encodes no positions here, since sqk**2 belongs between the p
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,11 +58,19 @@ class TensorRTLLM(Lowering[Any]):
         # The network as this rank sees it: its own heads.
         self.spec = dataclasses.replace(whole, num_heads=whole.num_heads // tp, num_kv_heads=max(1, whole.num_kv_heads // tp))
         self.key_heads = whole.num_kv_heads
-        self.mlp_eps: float = model.mlp_eps
-        self.layers = self.mapping.pp_layers(whole.num_layers)
+        self._stage: list[int] = self.mapping.pp_layers(whole.num_layers)
         self.presents: list[Any] = []
         self._leading = 1 if inputs.packed else 2
         self._shared: dict[str, Any] = {}
+
+    @property
+    def layers(self) -> Sequence[int]:
+        return self._stage
+
+    @property
+    def mlp_eps(self) -> float:
+        eps: float = self.model.mlp_eps
+        return eps
 
     # -- the ends of a stage -------------------------------------------------------------------------------------------
 
