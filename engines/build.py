@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import errno
 import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from engines.device import detect, target_for
+from engines.folder import atomic_folder
 from engines.genai import genai_config
 from engines.onnx_graph import export_graph, tap_function
 from engines.plan import build_plan
@@ -25,16 +23,17 @@ from engines.sizing import check_fits
 from engines.target import AUTO, DEFAULT, Profile, Target, load_target
 from export.lowerings.tensorrt_layers import ARITHMETIC
 from export.lowerings.tensorrt_library import Library, load_library
+from export.trtllm.parallel import Parallel
 from export.weights import DeployedWeights
 from ngpt.checkpoint import Checkpoint, open_checkpoint
-from ngpt.errors import BuildError, OutputExistsError
+from ngpt.errors import OutputExistsError, TargetError
 from ngpt.weights import Weights
 
 Progress = Callable[[str, float], None]
 """Called as progress(what is being done, fraction done of all)."""
 ONNX_NAME, PLAN_NAME = "model.onnx", "model.engine"
 _NUMPY = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-_BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.125, "fp8": 1.0, "int4": 0.625}
+BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.125, "fp8": 1.0, "int4": 0.625}
 
 
 def build_engine(
@@ -45,17 +44,29 @@ def build_engine(
     precision: str | None = None,
     name: str | None = None,
     verify: bool = True,
+    tp: int = 1,
+    pp: int = 1,
     progress: Progress | None = None,
 ) -> Path:
     """Build the engine of a checkpoint for a target; returns the folder.
 
     An engine that fails parity is still written, with the verdict in its manifest: the report says where it parts ways.
     Target "auto" is the one of this machine's GPU, or the default where there is none; `precision` is one that the target
-    offers. Verified where the engine can run on this machine.
+    offers. Verified where the engine can run on this machine. `tp` and `pp` divide it among GPUs (TensorRT-LLM targets alone, which
+    `engines.trtllm` builds).
     Raises the checkpoint's errors, TargetError (unknown, or a card the model does not fit), OutputExistsError, MissingPackageError,
     BuildError (disk full, output not writable, refused by the runtime's builder).
     """
     chosen, folder, report = choose_target(target, precision), Path(output), progress or (lambda what, done: None)
+    if chosen.runtime == "tensorrt_llm":
+        from engines.trtllm import build_trtllm
+
+        return build_trtllm(checkpoint, chosen, folder, Parallel(tp, pp), name=name, progress=progress)
+    if (tp, pp) != (1, 1):
+        raise TargetError(
+            f"the target {chosen.name} is one GPU's", expected="--tp 1 --pp 1", found=f"--tp {tp} --pp {pp}",
+            remedy="choose a TensorRT-LLM target",
+        )  # fmt: skip
     library = None if chosen.on_onnx else load_library(chosen.runtime)  # refused before anything is read
     if folder.exists():
         raise OutputExistsError(
@@ -65,16 +76,16 @@ def build_engine(
         if chosen.gpu is not None:
             check_fits(opened.spec, chosen)
         opened.validate(lambda done, total, what: report(f"checking {what}", 0.2 * done / max(total, 1)))
-        with _atomic_folder(folder, _estimate(opened, chosen)) as work:
+        with atomic_folder(folder, _estimate(opened, chosen)) as work:
             flags = _write_network(opened, chosen, library, work, lambda what, part: report(what, 0.2 + 0.5 * part))
             for path in opened.tokenizer_files:
                 shutil.copyfile(path, work / path.name)
-            manifest = _manifest(opened, chosen, library, name or Path(checkpoint).resolve().name, flags)
-            _finish(work, manifest)
+            manifest = describe(opened, chosen, library, name or Path(checkpoint).resolve().name, flags)
+            finish(work, manifest)
             if verify and runs_here(chosen):
                 report("verifying against PyTorch", 0.75)
                 manifest["parity"] = verify_folder(work, opened)
-                _finish(work, manifest)
+                finish(work, manifest)
             report("done", 1.0)
     return folder
 
@@ -156,43 +167,11 @@ def _estimate(checkpoint: Checkpoint, target: Target) -> int:
     weights = Weights(checkpoint)
     count = sum(math.prod(weights.shape(name)) for name in weights.names())
     # A plan is built from a scratch file of the same weights.
-    return int(count * _BYTES_PER_WEIGHT[target.precision]) * (1 if target.on_onnx else 2) + (16 << 20)
+    return int(count * BYTES_PER_WEIGHT[target.precision]) * (1 if target.on_onnx else 2) + (16 << 20)
 
 
-@contextmanager
-def _atomic_folder(folder: Path, needed: int) -> Iterator[Path]:
-    """A working folder beside `folder` that takes its name at the end and disappears on any error."""
-    parent = folder.resolve().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(parent).free
-        if free < needed:
-            raise BuildError(
-                f"not enough room on the disk of {parent}", expected=f"about {needed / 1e6:.0f} MB",
-                found=f"{free / 1e6:.0f} MB free", remedy="free some, or choose another --output",
-            )  # fmt: skip
-        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=parent))
-    except OSError as error:
-        raise BuildError(
-            f"cannot write to {parent}", found=error.strerror or str(error), remedy="choose another --output"
-        ) from error
-    try:
-        yield work
-        work.chmod(0o755)
-        os.replace(work, folder)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise BuildError(f"the disk of {parent} is full", remedy="free some room and build again") from error
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise OutputExistsError(f"{folder} appeared while the engine was being built") from error
-        raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _manifest(
-    checkpoint: Checkpoint, target: Target, library: Library | None, name: str, flags: dict[str, Any]
-) -> dict[str, Any]:
+def describe(checkpoint: Checkpoint, target: Target, library: Library | None, name: str, flags: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of an engine, its files and verdict not yet in it."""
     spec = checkpoint.spec
     packages = ["ngpt-deploy", "torch", "transformers", "numpy", *(["onnx-ir", "onnxruntime"] if target.on_onnx else [])]
     tools = {package: found for package in packages if (found := _version(package)) is not None}
@@ -238,14 +217,14 @@ def _prefixed(digest: str) -> str:
     return digest if digest.startswith("sha256:") else f"sha256:{digest}"
 
 
-def _finish(folder: Path, manifest: dict[str, Any]) -> None:
+def finish(folder: Path, manifest: dict[str, Any]) -> None:
     """List every file with its size and sha256, and write the manifest last."""
     manifest["files"] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name != "manifest.json":
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "manifest.json":
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+            manifest["files"][path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
     _write_json(folder / "manifest.json", manifest)
 
 
@@ -256,7 +235,7 @@ def code_digest() -> str:
         [
             *root.glob("ngpt/**/*.py"),
             *root.glob("export/**/*.py"),
-            *(root / "engines" / name for name in ("build.py", "onnx_graph.py", "plan.py")),
+            *(root / "engines" / name for name in ("build.py", "onnx_graph.py", "plan.py", "trtllm.py")),
         ]
     ):
         total.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())

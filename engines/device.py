@@ -50,7 +50,7 @@ def target_for(device: Device) -> Target:
 
     Raises TargetError, listing the targets, when no target has this compute capability.
     """
-    cards = [target for name in target_names() if (target := load_target(name)).gpu is not None]
+    cards = [t for t in map(load_target, target_names()) if t.gpu is not None and t.runtime != "tensorrt_llm"]
     same = [t for t in cards if t.gpu is not None and t.gpu.compute_capability == device.compute_capability]
     if not same:
         raise TargetError(

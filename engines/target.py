@@ -25,7 +25,8 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Profile:
-    """What a plan is optimised for: the longest piece of a prompt read at once, and the most sequences decoded at once."""
+    """What a plan is optimised for: the longest piece of a prompt read at once (TensorRT-LLM: the most tokens of a step), and the
+    most sequences decoded at once."""
 
     prefill_tokens: int
     decode_batch: int
@@ -35,17 +36,17 @@ class Profile:
 class Target:
     """A runtime, a form of the network and a precision. `executed` says whether this project has seen it run.
 
-    `gpu` and `profile` are there for TensorRT targets and for them alone. Form "ort" is ONNX with ONNX Runtime's kernels,
+    `gpu` and `profile` are there for TensorRT and TensorRT-LLM targets and for them alone. Form "ort" is ONNX with ONNX Runtime's kernels,
     "portable" standard ONNX, "native" a TensorRT network of its own layers, "plugins" one with this project's kernels.
     """
 
     name: str
     description: str
-    runtime: Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
+    runtime: Literal["onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_llm"]
     form: Literal["ort", "portable", "native", "plugins"]
     precision: Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
     block_size: int
-    cache: Literal["in-place", "growing"]
+    cache: Literal["in-place", "growing", "paged"]
     providers: tuple[str, ...]
     executed: bool
     note: str

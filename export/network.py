@@ -15,7 +15,7 @@ def trace(ops: Lowering[T]) -> T:
     """State the network to a lowering; returns its handle of the logits [B, S, V]."""
     spec = ops.spec
     h = ops.embedding("embed")
-    for layer in range(spec.num_layers):
+    for layer in ops.layers:
         attn, mlp = f"layers.{layer}.attn", f"layers.{layer}.mlp"
         q, k, v = ops.queries_keys_values(attn, h)
         # The dot product of two unit vectors has variance 1/D, so the softmax scale is sqrt(D) and multiplies.
@@ -29,5 +29,5 @@ def trace(ops: Lowering[T]) -> T:
         else:
             u = ops.activation(f"{mlp}.act", spec.mlp, u)
         x = ops.linear(f"{mlp}.down", u)
-        h = ops.hypersphere_update(f"{mlp}.update", h, x, rate=f"{mlp}.lr", eps=ops.weights.mlp_eps)
+        h = ops.hypersphere_update(f"{mlp}.update", h, x, rate=f"{mlp}.lr", eps=ops.mlp_eps)
     return ops.linear("head", h)

@@ -92,8 +92,11 @@ class Weights:
         return vector
 
     def _plain(self, name: str) -> NDArray[np.float32]:
-        # A copy, so that the caller may outlive the memory map and write.
-        array: NDArray[np.float32] = np.array(self.checkpoint.get(name).float().numpy(), order="C")
+        # Memory of its own, so that the caller may outlive the memory map and write; widening has made it already.
+        tensor = self.checkpoint.get(name)
+        if tensor.dtype == torch.float32:
+            tensor = tensor.clone()
+        array: NDArray[np.float32] = np.ascontiguousarray(tensor.float().numpy())
         return array
 
     def _scaled(self, name: str, rows: NDArray[np.float64]) -> NDArray[np.float32]:

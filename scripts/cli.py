@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,13 @@ EPILOG = """examples:
 Errors name the thing, what was expected, what was found and what to do; the exit code is then 2 (3: parity failed)."""
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """With defaults, and with names such as onnx-portable kept in one piece."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     top = argparse.ArgumentParser(
@@ -36,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, function: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub = commands.add_parser(name, help=help, description=help, formatter_class=Help)
         sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
         sub.set_defaults(function=function)
         return sub
@@ -51,6 +59,9 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--output", required=True, help="engine folder to make; must not exist")
     build.add_argument("--name", help="name in the manifest; the checkpoint folder's if not given")
     build.add_argument("--no-verify", action="store_true", help="skip parity; the packager will then refuse the engine")
+    build.add_argument("--tp", type=int, default=1, help="cards a layer is divided among (TensorRT-LLM targets)")
+    build.add_argument("--pp", type=int, default=1, help="cards the layers are divided among (TensorRT-LLM targets)")
+    build.add_argument("--dry-run", action="store_true", help="say what would be done and write nothing (TensorRT-LLM targets)")
 
     verify = command("verify", _verify, "Compare an engine with PyTorch on its checkpoint and write the report.")
     verify.add_argument("engine", type=Path)
@@ -137,11 +148,17 @@ class Bar:
 def _build(args: argparse.Namespace) -> int:
     from engines.build import build_engine
 
+    if args.dry_run:
+        return _dry_run(args)
     with Bar() as bar:
         folder = build_engine(
             args.checkpoint, args.target, args.output, precision=args.precision, name=args.name, verify=not args.no_verify,
-            progress=bar,
+            tp=args.tp, pp=args.pp, progress=bar,
         )  # fmt: skip
+    if not (folder / "manifest.json").exists():  # TensorRT-LLM is not installed here
+        print(f"checkpoint {folder / 'checkpoint'}\n")
+        print((folder / "BUILD.md").read_text(encoding="utf-8"), end="")
+        return 0
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     print(f"engine   {folder}, target {manifest['target']['name']}, {manifest['target']['precision']}")
     _print_verdict(manifest, folder)
@@ -150,6 +167,18 @@ def _build(args: argparse.Namespace) -> int:
             f"{folder} does not agree with PyTorch", expected="verdict pass", found="fail",
             remedy=f"open {folder / 'parity.html'} to see where they part ways",
         )  # fmt: skip
+    return 0
+
+
+def _dry_run(args: argparse.Namespace) -> int:
+    from engines.trtllm import dry_run
+    from export.trtllm.parallel import Parallel
+    from ngpt.errors import TargetError
+
+    target = load_target(args.target, args.precision)
+    if target.runtime != "tensorrt_llm":
+        raise TargetError("--dry-run", expected="a TensorRT-LLM target", found=target.name)
+    print(dry_run(args.checkpoint, target, Path(args.output), Parallel(args.tp, args.pp)))
     return 0
 
 

@@ -217,7 +217,9 @@ def open_runner(folder: Path, manifest: Manifest, num_slots: int, threads: int |
             "manifest field 'target.runtime'",
             expected=" or ".join(_RUNNERS),
             found=runtime,
-            remedy="This engine needs another version of the package.",
+            remedy="TensorRT-LLM runs its engines itself: serve them with trtllm-serve or its Triton backend."
+            if runtime == "tensorrt_llm"
+            else "This engine needs another version of the package.",
         )
     module, name, library = _RUNNERS[runtime]
     try:

@@ -15,7 +15,7 @@ from .errors import EngineFileError
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 20
-_CACHES = ("in-place", "past-present", "growing")
+_CACHES = ("in-place", "past-present", "growing", "paged")
 
 
 @dataclass(frozen=True)

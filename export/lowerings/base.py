@@ -6,6 +6,7 @@ composed of fine ones here; a lowering overrides a coarse one exactly where its 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 from export.weights import DeployedWeights
@@ -14,11 +15,25 @@ T = TypeVar("T")
 
 
 class Lowering(ABC, Generic[T]):
-    """What a runtime implements. `name` is the name of the result; weights are named as in `ngpt.weights`."""
+    """What a runtime implements. `name` is the name of the result; weights are named as in `ngpt.weights`.
+
+    `layers` are those this lowering states: all of them, or one stage of a pipeline, whose `embedding` is then what the stage
+    before sends and whose `linear("head")` sends to the stage after.
+    """
 
     def __init__(self, weights: DeployedWeights) -> None:
         self.weights = weights
         self.spec = weights.spec
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """The layers to state."""
+        return range(self.spec.num_layers)
+
+    @property
+    def mlp_eps(self) -> float:
+        """eps of the norm of the MLP's branch."""
+        return self.weights.mlp_eps
 
     @abstractmethod
     def embedding(self, name: str) -> T:

@@ -1,0 +1,114 @@
+"""A checkpoint in TensorRT-LLM's format: config.json and one safetensors file a rank, one canonical tensor in memory at a time."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from export.lowerings.tensorrt_library import Progress
+from export.trtllm.config import storage_dtype, trtllm_config
+from export.trtllm.fp8 import LARGEST, activation_scale, weight_scale
+from export.trtllm.layout import MODULES, Entry, Part, rank_layout
+from export.trtllm.parallel import Parallel
+from export.trtllm.rank_file import RankFile
+from export.weights import Array, DeployedWeights
+from ngpt.errors import UnsupportedError
+
+_BLOCK = 1 << 22  # elements rounded at once
+_SCALES = ("weights_scaling_factor", "activation_scaling_factor")
+
+
+def convert(
+    weights: DeployedWeights,
+    folder: Path,
+    parallel: Parallel,
+    precision: str,
+    progress: Progress | None = None,
+    *,
+    kernels: int | None = None,
+) -> None:
+    """Write config.json and rank{i}.safetensors into an existing folder.
+
+    Each canonical tensor is read once (fp8: twice, for its range) and its shares go to all files. Precisions: fp32, fp16, bf16; int8
+    and int4 (plain weights, which TensorRT-LLM's loader quantises); fp8 (per-tensor scales). `kernels` as in `trtllm_config`. Raises UnsupportedError for sizes
+    that cannot be divided, activations TensorRT-LLM lacks, or weights beyond float16.
+    """
+    parallel.check(weights.spec)
+    config = trtllm_config(weights, parallel, precision, kernels)
+    stored: torch.dtype = getattr(torch, storage_dtype(precision))
+    matrix = torch.float8_e4m3fn if precision == "fp8" else stored
+    dtypes = {"matrix": matrix, "stored": stored, "vector": torch.float32}
+    layouts = [rank_layout(weights, parallel, rank) for rank in range(parallel.world)]
+    scales = _Scales(weights) if precision == "fp8" else None
+    with ExitStack() as stack:
+        files = []
+        for rank, layout in enumerate(layouts):
+            tensors = {name: (dtypes[entry.kind], entry.shape) for name, entry in layout.items()}
+            if scales is not None:
+                for name, entry in layout.items():
+                    if entry.kind == "matrix":
+                        tensors |= {f"{name.removesuffix('weight')}{kind}": (torch.float32, (1,)) for kind in _SCALES}
+            files.append(stack.enter_context(RankFile(folder / f"rank{rank}.safetensors", tensors)))
+        wanted = _by_source(layouts)
+        for done, source in enumerate(weights.names()):
+            if progress is not None:
+                progress(f"converting {source}", done / len(weights.names()))
+            is_matrix = wanted[source][0][2].kind == "matrix"
+            scale = scales.of(source) if scales is not None and is_matrix else None
+            value = weights.get(source)  # after the scale, which reads tensors of its own
+            for rank, name, entry, part in wanted[source]:
+                _write(files[rank], name, part, value, dtypes[entry.kind], scale[0] if scale else 1.0, source)
+                if scale is not None:
+                    for kind, number in zip(_SCALES, scale, strict=True):
+                        files[rank].write(f"{name.removesuffix('weight')}{kind}", 0, torch.tensor([number]))
+            del value
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+class _Scales:
+    """(weight scale, activation scale) of the product that a canonical matrix is part of; those of q, k and v are the same."""
+
+    def __init__(self, weights: DeployedWeights) -> None:
+        self._weights = weights
+        self._known: dict[str, tuple[float, float]] = {}
+
+    def of(self, source: str) -> tuple[float, float]:
+        layer, _, product = source.removesuffix(".weight").rpartition(".attn." if ".attn." in source else ".mlp.")
+        part = ("attn." if ".attn." in source else "mlp.") + product
+        module = f"{layer}.{MODULES[part]}"
+        if module not in self._known:
+            names = [f"{layer}.{other}.weight" for other, its in MODULES.items() if its == MODULES[part]]
+            self._known[module] = weight_scale(self._weights, names), activation_scale(self._weights, f"{layer}.{part}")
+        return self._known[module]
+
+
+def _by_source(layouts: list[dict[str, Entry]]) -> dict[str, list[tuple[int, str, Entry, Part]]]:
+    wanted: dict[str, list[tuple[int, str, Entry, Part]]] = {}
+    for rank, layout in enumerate(layouts):
+        for name, entry in layout.items():
+            for part in entry.parts:
+                wanted.setdefault(part.source, []).append((rank, name, entry, part))
+    return wanted
+
+
+def _write(file: RankFile, name: str, part: Part, value: Array, dtype: torch.dtype, scale: float, source: str) -> None:
+    """Round the part to its type and store it, a block of rows at a time."""
+    rows = part.rows if part.rows is not None else range(len(value))
+    columns = slice(None) if part.columns is None else slice(part.columns.start, part.columns.stop)
+    step = max(1, _BLOCK // max(1, int(np.prod(value.shape[1:]))))
+    for start in range(rows.start, rows.stop, step):
+        block = torch.from_numpy(value[start : min(start + step, rows.stop)])
+        block = block[:, columns] if block.ndim > 1 else block
+        if dtype == torch.float8_e4m3fn:
+            block = (block / scale).clamp(-LARGEST, LARGEST)
+        rounded = block.to(dtype)
+        if dtype == torch.float16 and not bool(torch.isfinite(rounded).all()):
+            raise UnsupportedError(
+                f"weight {source} in float16", expected="values up to 65504", found=f"{float(block.abs().max()):.3g}",
+                remedy="choose --precision bf16",
+            )  # fmt: skip
+        file.write(name, part.at + start - rows.start, rounded)

@@ -1,0 +1,39 @@
+"""Distance of the network on the double from PyTorch in float32, by precision: python -m tests.trtllm.measure [CHECKPOINT]
+
+What rounding costs as this project reads it; no statement about TensorRT-LLM's kernels.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from engines.parity.prompts import TEXTS
+from engines.parity.reference import TorchReference
+from export.trtllm.parallel import Parallel
+from tests.conftest import TINY
+from tests.trtllm.serving import Engine, converted
+
+
+def main(folder: Path) -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    texts = [np.array(tokenizer.encode(text).ids[:60]) for text in TEXTS]
+    model = TorchReference(folder, "float32")
+    want = np.concatenate([model.run(tuple(map(int, ids))).logits for ids in texts])
+    print(f"{sum(map(len, texts))} tokens of {folder.name}, tp 2")
+    print(f"{'precision':10} {'relative rms error':>18} {'smallest cosine':>16} {'first choice':>12}")
+    for precision in ("fp32", "fp16", "bf16", "int8", "fp8", "int4"):
+        with tempfile.TemporaryDirectory() as scratch:
+            engine = Engine(converted(folder, Path(scratch), Parallel(2), precision), 2)
+            got = np.concatenate([engine.step([(slot, ids, True)])[0] for slot, ids in enumerate(texts)])
+        relative = np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))
+        cosine = (got * want).sum(-1) / np.linalg.norm(got, axis=-1) / np.linalg.norm(want, axis=-1)
+        same = (got.argmax(-1) == want.argmax(-1)).mean()
+        print(f"{precision:10} {relative:18.2g} {cosine.min():16.6f} {same:12.3f}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else TINY)
