@@ -255,7 +255,9 @@ def test_logits_to_keep_attentions_and_dynamic_against_static_cache():
     model.set_attn_implementation("eager")
     with torch.no_grad():
         full = model(ids, output_attentions=True)
-        assert torch.equal(model(ids, logits_to_keep=3).logits, full.logits[:, -3:])
+        kept = model(ids, logits_to_keep=3).logits
+        # Not to the bit: a product with fewer rows may be summed in another order.
+        assert kept.shape == (2, 3, 61) and (kept - full.logits[:, -3:]).abs().max() <= 1e-6
         assert len(full.attentions) == 2 and full.attentions[0].shape == (2, 4, 14, 14)
         dynamic = model.generate(ids, max_new_tokens=12, do_sample=False)
         static = model.generate(ids, max_new_tokens=12, do_sample=False, cache_implementation="static")
