@@ -63,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     package.add_argument("engine", type=Path)
     package.add_argument("--output", type=Path, required=True, help="model repository to make; must not exist")
     package.add_argument("--slots", type=_positive, default=8, help="sequences generated at once")
+    package.add_argument("--threads", type=_positive, help="threads of the runtime; its own choice if not given")
     package.add_argument("--allow-unverified", action="store_true", help="package an engine without a passing verdict")
 
     serve = command("serve", _serve, "Serve a model repository with the pip-installed Triton server on 127.0.0.1.")
@@ -172,7 +173,7 @@ def _verify(args: argparse.Namespace) -> int:
 def _package(args: argparse.Namespace) -> int:
     from triton_repo.package import package_engine
 
-    package_engine(args.engine, args.output, allow_unverified=args.allow_unverified, num_slots=args.slots)
+    package_engine(args.engine, args.output, allow_unverified=args.allow_unverified, num_slots=args.slots, threads=args.threads)
     print(f"repository {args.output}\nserve it   ngpt-deploy serve {args.output}")
     return 0
 

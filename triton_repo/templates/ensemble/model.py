@@ -136,7 +136,8 @@ class Work:
         if arrays:
             self.logits.append(arrays[0])
         self.text += self.stream.push(header["token"])
-        if self.streaming and self.text and not self.stream.stopped:
+        # The last token's text waits for the response that ends the request: one without text would count as one more token.
+        if self.streaming and self.text and not self.stream.stopped and not header["last"]:
             self.sender.send(self._response([]))
 
     def close(self):
