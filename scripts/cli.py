@@ -1,4 +1,4 @@
-"""`ngpt-deploy`: build, verify, package, serve, generate, inspect, convert, bench."""
+"""`ngpt-deploy`: plan, build, verify, package, serve, generate, inspect, convert, bench."""
 
 import argparse
 import json
@@ -51,6 +51,15 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--name", help="name in the manifest; the checkpoint folder's if not given")
     build.add_argument("--no-verify", action="store_true", help="skip parity; the packager will then refuse the engine")
 
+    plan = command("plan", _plan, "Compute the GPUs, memory and highest decode rate of a model under a load, before building.")
+    plan.add_argument("--checkpoint", help="Hugging Face directory, ckpt.pt, or a config.json alone; the 8B model if not given")
+    plan.add_argument("--target", default="h100", help="one with a GPU: " + ", ".join(_gpu_targets()))
+    plan.add_argument("--precision", help="another one that the target offers")
+    plan.add_argument("--concurrency", type=_positive, default=1, help="sequences at once")
+    plan.add_argument("--context", type=_positive, help="tokens of each, prompt included; the model's maximum if not given")
+    plan.add_argument("--tp", type=_positive, help="tensor-parallel degree; the smallest that fits if not given")
+    plan.add_argument("--json", action="store_true", help="print JSON: bytes, and tokens per second")
+
     verify = command("verify", _verify, "Compare an engine with PyTorch on its checkpoint and write the report.")
     verify.add_argument("engine", type=Path)
     verify.add_argument("--checkpoint", required=True)
@@ -100,6 +109,10 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--checkpoint", default="examples/ngpt-tiny")
     bench.add_argument("--rounds", type=_positive, default=5)
     return top
+
+
+def _gpu_targets() -> list[str]:
+    return [name for name in target_names() if load_target(name).gpu is not None]
 
 
 def _positive(text: str) -> int:
@@ -154,6 +167,16 @@ def _print_verdict(manifest: dict[str, Any], folder: Path) -> None:
         print(f"parity   not verified{': ' + manifest['target']['note'] if manifest['target']['note'] else ''}")
     else:
         print(f"parity   {parity['verdict']}  (report: {folder / parity['html']})")
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from engines.capacity import plan_capacity, read_spec
+
+    spec = read_spec(args.checkpoint)
+    target = load_target(args.target, args.precision)
+    found = plan_capacity(spec, target, args.concurrency, args.context or spec.max_length, args.tp)
+    print(json.dumps(found.to_dict(), indent=2) if args.json else found.table())
+    return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
