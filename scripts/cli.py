@@ -68,11 +68,19 @@ def parser() -> argparse.ArgumentParser:
         "--report", type=Path, help="folder for parity.json and parity.html; a new one beside the engine if not given"
     )
 
-    package = command("package", _package, "Package an engine as a Triton model repository.")
-    package.add_argument("engine", type=Path)
+    package = command("package", _package, "Package an engine as a Triton model repository; the engine's runtime decides which.")
+    package.add_argument(
+        "engine", type=Path, help="engine folder; or a Hugging Face checkpoint, for TensorRT-LLM's PyTorch runtime"
+    )
     package.add_argument("--output", type=Path, required=True, help="model repository to make; must not exist")
     package.add_argument("--slots", type=_positive, default=8, help="sequences generated at once")
     package.add_argument("--threads", type=_positive, help="threads of the runtime; its own choice if not given")
+    package.add_argument("--mount", default="/models", help="TensorRT-LLM engines: path of the repository where it is served")
+    package.add_argument(
+        "--kv-cache-fraction", type=float, default=0.9, help="TensorRT-LLM: part of free GPU memory for the cache"
+    )
+    package.add_argument("--tp", type=_positive, default=1, help="checkpoints: GPUs that share the model")
+    package.add_argument("--module", type=Path, action="append", default=[], help="checkpoints: file that registers the model")
     package.add_argument("--allow-unverified", action="store_true", help="package an engine without a passing verdict")
 
     serve = command("serve", _serve, "Serve a model repository with the pip-installed Triton server on 127.0.0.1.")
@@ -194,10 +202,27 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _package(args: argparse.Namespace) -> int:
+    if not (args.engine / "manifest.json").is_file() and (args.engine / "config.json").is_file():
+        from triton_repo.llmapi import package_checkpoint
+
+        package_checkpoint(
+            args.engine, args.output, allow_unverified=args.allow_unverified, num_slots=args.slots, modules=args.module,
+            tensor_parallel=args.tp, kv_cache_fraction=args.kv_cache_fraction,
+        )  # fmt: skip
+        print(f"repository {args.output}\nserve it   in the vendor's container: docs/serving.md")
+        return 0
     from triton_repo.package import package_engine
 
-    package_engine(args.engine, args.output, allow_unverified=args.allow_unverified, num_slots=args.slots, threads=args.threads)
-    print(f"repository {args.output}\nserve it   ngpt-deploy serve {args.output}")
+    package_engine(
+        args.engine, args.output, allow_unverified=args.allow_unverified, num_slots=args.slots, threads=args.threads,
+        mount=args.mount, kv_cache_fraction=args.kv_cache_fraction,
+    )  # fmt: skip
+    where = (
+        "in the vendor's container: docs/serving.md"
+        if (args.output / "tensorrt_llm_bls").is_dir()
+        else f"ngpt-deploy serve {args.output}"
+    )
+    print(f"repository {args.output}\nserve it   {where}")
     return 0
 
 
