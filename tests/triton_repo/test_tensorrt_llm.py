@@ -21,6 +21,7 @@ from ngpt.errors import PackagingError
 from tests.conftest import ROOT, TINY
 from tests.triton_repo.conftest import PROMPT, SLOTS, Served
 from tests.triton_repo.test_package import TEXT_INPUTS, config_of, described
+from tests.triton_repo.test_probe import probe
 from tests.triton_repo.test_serving import PROMPTS, text_request
 from triton_repo.client import RequestRefused, generate_text, responses, stream_text
 from triton_repo.llmapi import package_checkpoint
@@ -207,6 +208,10 @@ def test_llmapi_answers_whole_and_streamed(llmapi):
     flags = {"return_finish_reason": True, "return_cumulative_logprob": True}
     (result,) = ask(llmapi.url, PROMPT, 5, **flags)
     assert text_of(result, "finish_reason") == "length" and result.as_numpy("cumulative_logprob")[0] < 0
+
+
+def test_the_health_check_knows_llmapi(llmapi):
+    assert probe(llmapi.server.http_url, llmapi.server.metrics_url, timeout=20, model="tensorrt_llm").returncode == 0
 
 
 def test_llmapi_refuses_and_stops(llmapi):

@@ -1,0 +1,66 @@
+#!/usr/bin/env python3
+"""Health check of a served model repository: one real inference, because a crashed model process still reports ready.
+
+    python3 probe.py [--model ensemble] [--http 127.0.0.1:8000] [--metrics 127.0.0.1:8002] [--timeout 20]
+
+Exit code 0: a token was generated; or the server is busy, which is seen from a refusal for a full queue or, when no answer came in time, from
+counters that moved meanwhile (a probe must not kill a server for being loaded). 1: neither. Standard library only: it is copied into images.
+"""
+
+import argparse
+import json
+import sys
+import urllib.error
+import urllib.request
+
+# What grows while requests are served: this project's tokens, and Triton's own count of finished requests.
+COUNTERS = ("ngpt_generated_tokens{", "nv_inference_request_success{")
+REQUESTS = {
+    "ensemble": {"text_input": "a", "max_tokens": 1, "stream": False},
+    "tensorrt_llm": {"text_input": "a", "sampling_param_max_tokens": 1, "streaming": False},  # the llmapi repository
+}
+REQUESTS["tensorrt_llm_bls"] = REQUESTS["ensemble"]
+
+
+def progress(address, timeout):
+    """The sum of the counters; None where metrics cannot be read."""
+    try:
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=timeout) as response:
+            lines = response.read().decode().splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(COUNTERS))
+    except (OSError, ValueError):
+        return None
+
+
+def check(options):
+    """None if the server works, else what is wrong."""
+    before = progress(options.metrics, 5)
+    url = f"http://{options.http}/v2/models/{options.model}/generate"
+    try:
+        with urllib.request.urlopen(url, json.dumps(REQUESTS[options.model]).encode(), timeout=options.timeout) as response:
+            answer = json.load(response)
+        return None if "text_output" in answer else f"expected text_output, found {answer}"
+    except urllib.error.HTTPError as error:
+        return None if error.code == 503 else f"{url} answered {error.code}: {error.read(300).decode(errors='replace')}"
+    except (OSError, ValueError) as error:
+        after = progress(options.metrics, 5)
+        if before is not None and after is not None and after > before:
+            return None
+        return f"no answer from {url} within {options.timeout:g} s ({error}), and no other request has got on"
+
+
+def main():
+    """See the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="ensemble", choices=sorted(REQUESTS))
+    parser.add_argument("--http", default="127.0.0.1:8000", help="host:port of the server's HTTP endpoint")
+    parser.add_argument("--metrics", default="127.0.0.1:8002", help="host:port of its metrics")
+    parser.add_argument("--timeout", type=float, default=20.0, help="seconds")
+    problem = check(parser.parse_args())
+    if problem:
+        print(problem, file=sys.stderr)
+    return 1 if problem else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
