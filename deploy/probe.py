@@ -3,18 +3,21 @@
 
     python3 probe.py [--model ensemble] [--http 127.0.0.1:8000] [--metrics 127.0.0.1:8002] [--timeout 20]
 
-Exit code 0: a token was generated; or the server is busy, which is seen from a refusal for a full queue or, when no answer came in time, from
-counters that moved meanwhile (a probe must not kill a server for being loaded). 1: neither. Standard library only: it is copied into images.
+Exit code 0: a token was generated; or the server is busy (its queue is full, or no answer came in time) but counters of finished work moved meanwhile: a
+probe must not kill a server for being loaded. 1: neither. Standard library only: it is copied into images.
 """
 
 import argparse
 import json
 import sys
+import time
 import urllib.error
 import urllib.request
 
 # What grows while requests are served: this project's tokens, and Triton's own count of finished requests.
 COUNTERS = ("ngpt_generated_tokens{", "nv_inference_request_success{")
+# Of this project's scheduler, and of Triton's own queue. The status says too little: server 2.51 answers 400 to every refusal of a model.
+FULL = ("queue is full", "maximum queue size")
 REQUESTS = {
     "ensemble": {"text_input": "a", "max_tokens": 1, "stream": False},
     "tensorrt_llm": {"text_input": "a", "sampling_param_max_tokens": 1, "streaming": False},  # the llmapi repository
@@ -34,6 +37,7 @@ def progress(address, timeout):
 
 def check(options):
     """None if the server works, else what is wrong."""
+    end = time.monotonic() + options.timeout
     before = progress(options.metrics, 5)
     url = f"http://{options.http}/v2/models/{options.model}/generate"
     try:
@@ -41,12 +45,19 @@ def check(options):
             answer = json.load(response)
         return None if "text_output" in answer else f"expected text_output, found {answer}"
     except urllib.error.HTTPError as error:
-        return None if error.code == 503 else f"{url} answered {error.code}: {error.read(300).decode(errors='replace')}"
+        problem = f"{url} answered {error.code}: {error.read(300).decode(errors='replace')}"
+        if not any(words in problem for words in FULL):
+            return problem
     except (OSError, ValueError) as error:
+        problem = f"no answer from {url} within {options.timeout:g} s ({error})"
+    while before is not None:
         after = progress(options.metrics, 5)
-        if before is not None and after is not None and after > before:
+        if after is not None and after > before:
             return None
-        return f"no answer from {url} within {options.timeout:g} s ({error}), and no other request has got on"
+        if time.monotonic() > end:
+            break
+        time.sleep(0.2)
+    return f"{problem}; and no other request has got on"
 
 
 def main():
