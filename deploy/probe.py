@@ -14,8 +14,13 @@ import time
 import urllib.error
 import urllib.request
 
-# What grows while requests are served: this project's tokens, and Triton's own count of finished requests.
-COUNTERS = ("ngpt_generated_tokens{", "nv_inference_request_success{")
+# What grows only while tokens are made: this project's, TensorRT-LLM's, and the answers that its ensemble has turned into text. Triton's count of requests to
+# a decoupled model would not do: it grows when a request is taken, by a hung model as well.
+COUNTERS = (
+    "ngpt_generated_tokens{",
+    'nv_trt_llm_general_metrics{general_type="iteration_counter"',
+    'nv_inference_request_success{model="postprocessing"',
+)
 # Of this project's scheduler, and of Triton's own queue. The status says too little: server 2.51 answers 400 to every refusal of a model.
 FULL = ("queue is full", "maximum queue size")
 REQUESTS = {

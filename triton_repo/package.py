@@ -34,11 +34,13 @@ class Layout:
 _PROCESSING = {"preprocessing": "preprocessing", "postprocessing": "postprocessing"}
 OWN = Layout({"tensorrt_llm": "tensorrt_llm", **_PROCESSING, "ensemble": "ensemble"}, "engine_link.py")
 TENSORRT_LLM = Layout(
-    {"tensorrt_llm": "tensorrtllm", **_PROCESSING, "ensemble": "ensemble", "tensorrt_llm_bls": "ensemble"}, "bls_link.py"
+    {"tensorrt_llm": "tensorrtllm", **_PROCESSING, "ensemble": "tensorrtllm_ensemble", "tensorrt_llm_bls": "ensemble"},
+    "bls_link.py",
 )
 LAYOUTS = {"onnxruntime": OWN, "tensorrt": OWN, "tensorrt_rtx": OWN, "tensorrt_llm": TENSORRT_LLM}
 """By manifest.target.runtime. OWN: this project's scheduler around the engine. TENSORRT_LLM: the engine in TensorRT-LLM's own backend."""
 MODELS = tuple(OWN.models)
+_WITH_TOKENIZER = ("preprocessing", "postprocessing", "ensemble")
 _HERE = Path(__file__).resolve().parent
 _TEMPLATES = _HERE / "templates"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -99,7 +101,7 @@ def package_engine(
         for model in layout.models:
             _write_model(partial / model, model, layout, values)
         _copy_engine(engine, manifest, partial / "tensorrt_llm" / _VERSION / "engine")
-        for model in set(layout.models) - {"tensorrt_llm"}:
+        for model in (model for model, template in layout.models.items() if template in _WITH_TOKENIZER):
             copy_files(engine, TOKENIZER_FILES, partial / model / _VERSION / "tokenizer")
     return output
 

@@ -150,6 +150,8 @@ def test_a_group_is_one_job_over_its_nodes():
     spec = objects["LeaderWorkerSet"]["spec"]
     assert objects["LeaderWorkerSet"]["apiVersion"] == "leaderworkerset.x-k8s.io/v1"
     assert set(spec) == {"replicas", "startupPolicy", "leaderWorkerTemplate"}
+    # The controller makes a headless service of the set's name.
+    assert objects["LeaderWorkerSet"]["metadata"]["name"] != objects["Service"]["metadata"]["name"]
     group = spec["leaderWorkerTemplate"]
     assert set(group) == {"size", "restartPolicy", "leaderTemplate", "workerTemplate"}
     assert group["size"] == 2 and group["restartPolicy"] == "RecreateGroupOnPodRestart"

@@ -2,7 +2,7 @@
 
 Packaged under the name engine_link.py where the tokens model is TensorRT-LLM's own backend, in place of the link to this project's engine and
 with its interface. Contract-tested with the pip server against this project's tokens model, which has the same tensors;
-not executed on backend "tensorrtllm". With many calls at once, the Python backend of tritonserver 2.51 loses answers.
+not executed on backend "tensorrtllm". From 8 such calls at once on, the Python backend of tritonserver 2.51 may hang for good.
 """
 
 import threading

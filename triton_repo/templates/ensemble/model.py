@@ -1,6 +1,6 @@
 """Text in, text out: tokenise, let the engine of the tokens model generate, detokenise as the tokens arrive.
 
-Served as `ensemble`, and as `tensorrt_llm_bls` beside TensorRT-LLM's backend; which engine, and how it is reached, only engine_link knows.
+Served as `ensemble`, or as `tensorrt_llm_bls` beside TensorRT-LLM's backend; which engine, and how it is reached, only engine_link knows.
 A Python model rather than a Triton ensemble, because a cancellation does not travel through an ensemble.
 """
 
