@@ -40,6 +40,7 @@ TENSORRT_LLM = Layout(
 LAYOUTS = {"onnxruntime": OWN, "tensorrt": OWN, "tensorrt_rtx": OWN, "tensorrt_llm": TENSORRT_LLM}
 """By manifest.target.runtime. OWN: this project's scheduler around the engine. TENSORRT_LLM: the engine in TensorRT-LLM's own backend."""
 MODELS = tuple(OWN.models)
+_MOST_INSTANCES = 16
 _WITH_TOKENIZER = ("preprocessing", "postprocessing", "ensemble")
 _HERE = Path(__file__).resolve().parent
 _TEMPLATES = _HERE / "templates"
@@ -97,6 +98,9 @@ def package_engine(
     values = _values(manifest, num_slots, max_queue, threads, exclude_input_in_output)
     values["engine_path"] = str(PurePosixPath(mount) / "tensorrt_llm" / _VERSION / "engine")
     values["kv_cache_fraction"] = str(kv_cache_fraction)
+    # Calls to another model are made one at a time in each process: several at once can hang the Python backend.
+    in_turn = layout.link == "bls_link.py"
+    values |= {"in_turn": str(in_turn).lower(), "text_instances": str(min(num_slots, _MOST_INSTANCES) if in_turn else 1)}
     with new_folder(output) as partial:
         for model in layout.models:
             _write_model(partial / model, model, layout, values)

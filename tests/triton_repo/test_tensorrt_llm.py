@@ -107,6 +107,9 @@ def test_the_other_models_are_those_that_onnx_engines_get(trtllm_repository, rep
         assert config_of(trtllm_repository, model) == config_of(repository, model)
     config = config_of(trtllm_repository, BLS)
     assert config.name == BLS and described(config.input) == TEXT_INPUTS
+    assert parameters(config)["in_turn"] == "true" and config.instance_group[0].count == SLOTS
+    ours = config_of(repository, "ensemble")
+    assert parameters(ours)["in_turn"] == "false" and ours.instance_group[0].count == 1
     for own in ("model.py", "serving_inputs.py", "serving_triton.py"):
         mine, its = repository / "ensemble" / "1" / own, trtllm_repository / BLS / "1" / own
         assert its.read_bytes() == mine.read_bytes()
@@ -202,7 +205,7 @@ def test_a_closed_stream_stops_the_request_in_the_tokens_model(stood_in):
 
 
 def test_many_requests_at_once_through_the_ensemble(stood_in, served):
-    """Not through `tensorrt_llm_bls`: from 8 at once on, the Python backend of server 2.51 may hang."""
+    """Not through `tensorrt_llm_bls`: with many of its calls at once, server 2.51 may hang or end."""
     prompts = PROMPTS * 3
     expected = {prompt: served.engine.generate_text(prompt, 16) for prompt in PROMPTS}
     with ThreadPoolExecutor(len(prompts)) as pool:

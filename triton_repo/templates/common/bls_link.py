@@ -2,10 +2,10 @@
 
 Packaged under the name engine_link.py where the tokens model is TensorRT-LLM's own backend, in place of the link to this project's engine and
 with its interface. Contract-tested with the pip server against this project's tokens model, which has the same tensors;
-not executed on backend "tensorrtllm". From 8 such calls at once on, the Python backend of tritonserver 2.51 may hang for good.
+not executed on backend "tensorrtllm". Several calls at once in one process hang the Python backend of tritonserver 2.51, so the model that uses this
+takes its requests in turn (`in_turn`) and has several instances instead.
 """
 
-import threading
 import time
 import uuid
 
@@ -42,7 +42,6 @@ class EngineLink:
     def __init__(self, name, prompt, sampling):
         self._name = name
         self._id = uuid.uuid4().hex  # a stop names the request to stop
-        self._lock = threading.Lock()
         self._stopped_at = None
         wanted = [*OUTPUTS, *MOMENTS]
         for option, output in (("logprobs", "output_log_probs"), ("return_context_logits", "context_logits")):
@@ -51,12 +50,11 @@ class EngineLink:
         self._request = self._call(wanted, _tensors(prompt, sampling))
 
     def cancel(self):
-        """Give the request up. May be called from any thread, and again: a stop that overtakes its request is lost, so it is repeated."""
+        """Give the request up. May be called again: a stop that overtakes its request is lost, so it is repeated."""
         now = time.monotonic()
-        with self._lock:
-            if self._stopped_at is not None and now < self._stopped_at + AGAIN_SECONDS:
-                return
-            self._stopped_at = now
+        if self._stopped_at is not None and now < self._stopped_at + AGAIN_SECONDS:
+            return
+        self._stopped_at = now
         tensors = {"input_ids": [[0]], "input_lengths": [[1]], "request_output_len": [[1]]}
         arrays = {name: np.asarray(value, np.int32) for name, value in tensors.items()} | {"stop": np.asarray([[True]])}
         for _ in self._call(OUTPUTS, arrays).exec(decoupled=True):

@@ -41,6 +41,8 @@ class TritonPythonModel:
         self.eos_token_ids = tuple(int(token) for token in ends.split(",") if token)
         self.exclude_input = parameter(config, "exclude_input_in_output", "false") == "true"
         self.engine = address(HERE.parent)
+        # Then this process has no thread but the server's: one request at a time, a cancellation is noticed at the next token.
+        self.in_turn = parameter(config, "in_turn", "false") == "true"
         self.watcher = Watcher()
 
     def finalize(self):
@@ -59,7 +61,10 @@ class TritonPythonModel:
                 pb_utils.Logger.log_error(text)
                 sender.send(error_response(pb_utils.TritonError(text)), flags=FINAL)
                 continue
-            threading.Thread(target=self._run, args=(work,), daemon=True).start()
+            if self.in_turn:
+                self._run(work)
+            else:
+                threading.Thread(target=self._run, args=(work,), daemon=True).start()
 
     def _read(self, request, sender):
         inputs = inputs_of(request)
@@ -84,8 +89,11 @@ class TritonPythonModel:
         key = None
         try:
             link = EngineLink(self.engine, work.prompt, work.sampling)
-            key = self.watcher.watch(work.sender, link.cancel)
+            if not self.in_turn:
+                key = self.watcher.watch(work.sender, link.cancel)
             for header, arrays in link:
+                if self.in_turn and work.sender.is_cancelled():
+                    link.cancel()
                 if "error" in header:
                     raise EngineError(header)
                 if work.stream.stopped and "token" in header:
