@@ -40,32 +40,42 @@ class Footprint:
         )
 
 
-def weight_bytes(spec: NGPTSpec, precision: str) -> int:
-    """Bytes of all weights of an engine in a precision."""
-    stored = STORED_BYTES.get(precision, 2)
-    matrices = spec.hidden_size * spec.head_dim * 2 * (spec.num_heads + spec.num_kv_heads)
-    matrices += spec.hidden_size * spec.intermediate_size * (3 if spec.gated else 2)
-    table = spec.vocab_size * spec.hidden_size
-    return int(spec.num_layers * matrices * PROJECTION_BYTES[precision] + table * (stored + HEAD_BYTES[precision]))
+def kv_heads(spec: NGPTSpec, ranks: int) -> int:
+    """Key-value heads that one of `ranks` tensor-parallel GPUs holds: where there are fewer heads than GPUs, one, repeated."""
+    return max(1, spec.num_kv_heads // ranks)
 
 
-def cache_bytes_per_token(spec: NGPTSpec, precision: str) -> int:
-    """Bytes of keys and values that one token adds."""
-    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * STORED_BYTES.get(precision, 2)
+def table_bytes(spec: NGPTSpec, precision: str, ranks: int = 1) -> int:
+    """Bytes of the embedding table on one of `ranks` GPUs: its rows are split, rounded up."""
+    return -(-spec.vocab_size // ranks) * spec.hidden_size * STORED_BYTES.get(precision, 2)
+
+
+def weight_bytes(spec: NGPTSpec, precision: str, ranks: int = 1) -> int:
+    """Bytes of all weights of an engine in a precision, on one of `ranks` tensor-parallel GPUs."""
+    matrices = spec.hidden_size * spec.head_dim * 2 * (spec.num_heads // ranks + kv_heads(spec, ranks))
+    matrices += spec.hidden_size * spec.intermediate_size // ranks * (3 if spec.gated else 2)
+    head = -(-spec.vocab_size // ranks) * spec.hidden_size * HEAD_BYTES[precision]
+    return int(spec.num_layers * matrices * PROJECTION_BYTES[precision] + head) + table_bytes(spec, precision, ranks)
+
+
+def cache_bytes_per_token(spec: NGPTSpec, precision: str, ranks: int = 1) -> int:
+    """Bytes of keys and values that one token adds, on one of `ranks` tensor-parallel GPUs."""
+    return 2 * spec.num_layers * kv_heads(spec, ranks) * spec.head_dim * STORED_BYTES.get(precision, 2)
+
+
+def activation_bytes(spec: NGPTSpec, precision: str, prefill_tokens: int, decode_batch: int, ranks: int = 1) -> int:
+    """Bytes of a step's tensors at their widest: the MLP's two inner ones beside the residual and its update; or all logits."""
+    widest = prefill_tokens * STORED_BYTES.get(precision, 2) * (2 * spec.intermediate_size // ranks + 4 * spec.hidden_size)
+    return max(widest, 4 * spec.vocab_size * max(prefill_tokens, decode_batch))
 
 
 def footprint(spec: NGPTSpec, target: Target) -> Footprint:
     """What an engine of `spec` takes on the target's card."""
     assert target.gpu is not None and target.profile is not None
-    stored = STORED_BYTES.get(target.precision, 2)
-    # The widest moment of a prefill: the MLP's two inner tensors beside the residual and its update; then all logits.
-    tokens = target.profile.prefill_tokens
-    widest = tokens * stored * (2 * spec.intermediate_size + 4 * spec.hidden_size)
-    logits = 4 * spec.vocab_size * max(tokens, target.profile.decode_batch)
     return Footprint(
         weights=weight_bytes(spec, target.precision),
         cache_row=cache_bytes_per_token(spec, target.precision) * spec.max_length,
-        activations=max(widest, logits),
+        activations=activation_bytes(spec, target.precision, target.profile.prefill_tokens, target.profile.decode_batch),
         memory=int(target.gpu.memory_gb * 1e9),
     )
 

@@ -1,4 +1,4 @@
-"""`ngpt-deploy`: build, verify, package, serve, generate, inspect, convert, bench."""
+"""`ngpt-deploy`: plan, build, verify, package, serve, generate, inspect, convert, bench."""
 
 import argparse
 import importlib
@@ -63,6 +63,15 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--pp", type=int, default=1, help="cards the layers are divided among (TensorRT-LLM targets)")
     build.add_argument("--dry-run", action="store_true", help="say what would be done and write nothing (TensorRT-LLM targets)")
 
+    plan = command("plan", _plan, "Compute the GPUs, memory and highest decode rate of a model under a load, before building.")
+    plan.add_argument("--checkpoint", help="Hugging Face directory, ckpt.pt, or a config.json alone; the 8B model if not given")
+    plan.add_argument("--target", default="h100", help="one with a GPU: " + ", ".join(_gpu_targets()))
+    plan.add_argument("--precision", help="another one that the target offers")
+    plan.add_argument("--concurrency", type=_positive, default=1, help="sequences at once")
+    plan.add_argument("--context", type=_positive, help="tokens of each, prompt included; the model's maximum if not given")
+    plan.add_argument("--tp", type=_positive, help="tensor-parallel degree; the smallest that fits if not given")
+    plan.add_argument("--json", action="store_true", help="print JSON: bytes, and tokens per second")
+
     verify = command("verify", _verify, "Compare an engine with PyTorch on its checkpoint and write the report.")
     verify.add_argument("engine", type=Path)
     verify.add_argument("--checkpoint", required=True)
@@ -71,10 +80,19 @@ def parser() -> argparse.ArgumentParser:
         "--report", type=Path, help="folder for parity.json and parity.html; a new one beside the engine if not given"
     )
 
-    package = command("package", _package, "Package an engine as a Triton model repository.")
-    package.add_argument("engine", type=Path)
+    package = command("package", _package, "Package an engine as a Triton model repository; the engine's runtime decides which.")
+    package.add_argument(
+        "engine", type=Path, help="engine folder; or a Hugging Face checkpoint, for TensorRT-LLM's PyTorch runtime"
+    )
     package.add_argument("--output", type=Path, required=True, help="model repository to make; must not exist")
     package.add_argument("--slots", type=_positive, default=8, help="sequences generated at once")
+    package.add_argument("--threads", type=_positive, help="threads of the runtime; its own choice if not given")
+    package.add_argument("--mount", default="/models", help="TensorRT-LLM engines: path of the repository where it is served")
+    package.add_argument(
+        "--kv-cache-fraction", type=float, default=0.9, help="TensorRT-LLM: part of free GPU memory for the cache"
+    )
+    package.add_argument("--tp", type=_positive, default=1, help="checkpoints: GPUs that share the model")
+    package.add_argument("--module", type=Path, action="append", default=[], help="checkpoints: file that registers the model")
     package.add_argument("--allow-unverified", action="store_true", help="package an engine without a passing verdict")
 
     serve = command("serve", _serve, "Serve a model repository with the pip-installed Triton server on 127.0.0.1.")
@@ -116,6 +134,10 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--checkpoint", default="examples/ngpt-tiny")
     bench.add_argument("--rounds", type=_positive, default=5)
     return top
+
+
+def _gpu_targets() -> list[str]:
+    return [name for name in target_names() if load_target(name).gpu is not None]
 
 
 def _positive(text: str) -> int:
@@ -190,6 +212,16 @@ def _print_verdict(manifest: dict[str, Any], folder: Path) -> None:
         print(f"parity   {parity['verdict']}  (report: {folder / parity['html']})")
 
 
+def _plan(args: argparse.Namespace) -> int:
+    from engines.capacity import plan_capacity, read_spec
+
+    spec = read_spec(args.checkpoint)
+    target = load_target(args.target, args.precision)
+    found = plan_capacity(spec, target, args.concurrency, args.context or spec.max_length, args.tp)
+    print(json.dumps(found.to_dict(), indent=2) if args.json else found.table())
+    return 0
+
+
 def _verify(args: argparse.Namespace) -> int:
     from engines.build import verify_folder
     from ngpt.checkpoint import open_checkpoint
@@ -205,10 +237,27 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _package(args: argparse.Namespace) -> int:
+    if not (args.engine / "manifest.json").is_file() and (args.engine / "config.json").is_file():
+        from triton_repo.llmapi import package_checkpoint
+
+        package_checkpoint(
+            args.engine, args.output, allow_unverified=args.allow_unverified, num_slots=args.slots, modules=args.module,
+            tensor_parallel=args.tp, kv_cache_fraction=args.kv_cache_fraction,
+        )  # fmt: skip
+        print(f"repository {args.output}\nserve it   in the vendor's container: docs/serving.md")
+        return 0
     from triton_repo.package import package_engine
 
-    package_engine(args.engine, args.output, allow_unverified=args.allow_unverified, num_slots=args.slots)
-    print(f"repository {args.output}\nserve it   ngpt-deploy serve {args.output}")
+    package_engine(
+        args.engine, args.output, allow_unverified=args.allow_unverified, num_slots=args.slots, threads=args.threads,
+        mount=args.mount, kv_cache_fraction=args.kv_cache_fraction,
+    )  # fmt: skip
+    where = (
+        "in the vendor's container: docs/serving.md"
+        if (args.output / "tensorrt_llm_bls").is_dir()
+        else f"ngpt-deploy serve {args.output}"
+    )
+    print(f"repository {args.output}\nserve it   {where}")
     return 0
 
 

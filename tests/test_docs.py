@@ -64,7 +64,7 @@ def test_every_target_is_in_the_readme():
 
 
 def test_the_helps_teach():
-    for command in ("build", "verify", "package", "serve", "generate", "inspect", "convert", "bench"):
+    for command in ("plan", "build", "verify", "package", "serve", "generate", "inspect", "convert", "bench"):
         run = subprocess.run([sys.executable, "-m", "scripts.cli", command, "--help"], cwd=ROOT, capture_output=True, text=True)
         assert run.returncode == 0 and len(run.stdout) > 150
     script = subprocess.run(

@@ -1,15 +1,19 @@
 """Package an engine as a Triton model repository that is complete in itself.
 
-Everything the four models import besides numpy, tokenizers and the runtime library is copied in, so the folder can be
-carried to any Triton server with a Python backend.
+Everything the models import besides numpy, tokenizers and the runtime library is copied in, so the folder can be
+carried to any Triton server with a Python backend. The manifest's runtime decides which repository it is: see LAYOUTS.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from string import Template
 
 import engines.runtime
@@ -18,10 +22,29 @@ from engines.runtime.errors import ServingError
 from engines.runtime.manifest import Manifest, contained_path, read_manifest, verify_files
 from ngpt.errors import OutputExistsError, PackagingError
 
-MODELS = ("tensorrt_llm", "preprocessing", "postprocessing", "ensemble")
+
+@dataclass(frozen=True)
+class Layout:
+    """A kind of repository: the template of each of its models, and the module by which the text models reach the tokens model."""
+
+    models: Mapping[str, str]
+    link: str
+
+
+_PROCESSING = {"preprocessing": "preprocessing", "postprocessing": "postprocessing"}
+OWN = Layout({"tensorrt_llm": "tensorrt_llm", **_PROCESSING, "ensemble": "ensemble"}, "engine_link.py")
+TENSORRT_LLM = Layout(
+    {"tensorrt_llm": "tensorrtllm", **_PROCESSING, "ensemble": "tensorrtllm_ensemble", "tensorrt_llm_bls": "ensemble"},
+    "bls_link.py",
+)
+LAYOUTS = {"onnxruntime": OWN, "tensorrt": OWN, "tensorrt_rtx": OWN, "tensorrt_llm": TENSORRT_LLM}
+"""By manifest.target.runtime. OWN: this project's scheduler around the engine. TENSORRT_LLM: the engine in TensorRT-LLM's own backend."""
+MODELS = tuple(OWN.models)
+_MOST_INSTANCES = 16
+_WITH_TOKENIZER = ("preprocessing", "postprocessing", "ensemble")
 _HERE = Path(__file__).resolve().parent
 _TEMPLATES = _HERE / "templates"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _VERSION = "1"
 
 
@@ -34,8 +57,12 @@ def package_engine(
     max_queue: int = 256,
     threads: int | None = None,
     exclude_input_in_output: bool = False,
+    mount: str = "/models",
+    kv_cache_fraction: float = 0.9,
 ) -> Path:
     """Write a model repository with the models ``tensorrt_llm``, ``preprocessing``, ``postprocessing`` and ``ensemble``.
+
+    An engine of TensorRT-LLM (runtime ``tensorrt_llm``) goes to that library's own backend and gets ``tensorrt_llm_bls`` besides.
 
     The folder appears at once and whole, or not at all.
 
@@ -48,6 +75,8 @@ def package_engine(
         threads: threads of the runtime; its own choice when None.
         exclude_input_in_output: leave the prompt out of unstreamed answers unless a request says otherwise
             (clients of this interface expect it to be in).
+        mount: absolute path at which the repository will lie where it is served; TensorRT-LLM's backend is given the engine's path.
+        kv_cache_fraction: part of the GPU's free memory that TensorRT-LLM's backend takes for keys and values, above 0 to 1.
 
     Returns:
         The repository's path.
@@ -60,6 +89,33 @@ def package_engine(
     for name, value in (("num_slots", num_slots), ("max_queue", max_queue), ("threads", threads)):
         if value is not None and value < 1:
             raise PackagingError(name, expected="at least 1", found=str(value))
+    if not 0 < kv_cache_fraction <= 1:
+        raise PackagingError("kv_cache_fraction", expected="above 0, at most 1", found=str(kv_cache_fraction))
+    if not PurePosixPath(mount).is_absolute():
+        raise PackagingError("mount", expected="an absolute path such as /models", found=mount)
+    manifest = _checked_manifest(engine, allow_unverified, num_slots)
+    layout = LAYOUTS[manifest.target.runtime]
+    values = _values(manifest, num_slots, max_queue, threads, exclude_input_in_output)
+    values["engine_path"] = str(PurePosixPath(mount) / "tensorrt_llm" / _VERSION / "engine")
+    values["kv_cache_fraction"] = str(kv_cache_fraction)
+    # Calls to another model are made one at a time in each process: several at once can hang the Python backend.
+    in_turn = layout.link == "bls_link.py"
+    values |= {"in_turn": str(in_turn).lower(), "text_instances": str(min(num_slots, _MOST_INSTANCES) if in_turn else 1)}
+    with new_folder(output) as partial:
+        for model in layout.models:
+            _write_model(partial / model, model, layout, values)
+        _copy_engine(engine, manifest, partial / "tensorrt_llm" / _VERSION / "engine")
+        for model in (model for model, template in layout.models.items() if template in _WITH_TOKENIZER):
+            copy_files(engine, TOKENIZER_FILES, partial / model / _VERSION / "tokenizer")
+    return output
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder beside `output` to write into; it becomes `output` at the end, whole, or vanishes on an error.
+
+    Raises OutputExistsError if `output` exists, PackagingError for trouble with the disk.
+    """
     if output.exists() or output.is_symlink():
         raise OutputExistsError(
             "the output folder is already in use",
@@ -67,8 +123,6 @@ def package_engine(
             found=str(output),
             remedy="Choose another folder or remove this one.",
         )
-    manifest = _checked_manifest(engine, allow_unverified, num_slots)
-    values = _values(manifest, num_slots, max_queue, threads, exclude_input_in_output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
@@ -76,17 +130,12 @@ def package_engine(
         raise PackagingError("the output folder cannot be made", found=str(error)) from error
     try:
         partial.chmod(0o755)
-        for model in MODELS:
-            _write_model(partial / model, model, values)
-        _copy_engine(engine, manifest, partial / "tensorrt_llm" / _VERSION / "engine")
-        for model in ("preprocessing", "postprocessing", "ensemble"):
-            _copy_files(engine, _TOKENIZER_FILES, partial / model / _VERSION / "tokenizer")
+        yield partial
         partial.rename(output)
     except OSError as error:
         raise PackagingError("the model repository could not be written", found=str(error)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return output
 
 
 def _checked_manifest(engine: Path, allow_unverified: bool, num_slots: int) -> Manifest:
@@ -99,6 +148,12 @@ def _checked_manifest(engine: Path, allow_unverified: bool, num_slots: int) -> M
         check_slots(manifest, num_slots)
     except ServingError as error:
         raise PackagingError(error.what, expected=error.expected, found=error.found, remedy=error.remedy) from error
+    if manifest.target.runtime not in LAYOUTS:
+        raise PackagingError(
+            f"no repository serves the runtime of {manifest.name}", expected=", ".join(LAYOUTS), found=manifest.target.runtime
+        )
+    if LAYOUTS[manifest.target.runtime] is TENSORRT_LLM:
+        _check_batch(engine, manifest, num_slots)
     verdict = str(manifest.parity["verdict"]) if manifest.parity is not None else "missing"
     if verdict != "pass" and not allow_unverified:
         raise PackagingError(
@@ -107,10 +162,26 @@ def _checked_manifest(engine: Path, allow_unverified: bool, num_slots: int) -> M
             found=verdict,
             remedy="Verify the engine, or package it with --allow-unverified.",
         )
-    missing = [name for name in _TOKENIZER_FILES[:1] if not (engine / name).is_file()]
+    missing = [name for name in TOKENIZER_FILES[:1] if not (engine / name).is_file()]
     if missing:
         raise PackagingError("the engine has no tokenizer", expected=missing[0], found="nothing")
     return manifest
+
+
+def _check_batch(engine: Path, manifest: Manifest, num_slots: int) -> None:
+    """The slots must not exceed the batch that trtllm-build wrote into the engine's config.json."""
+    try:
+        most = json.loads((engine / "config.json").read_text(encoding="utf-8"))["build_config"]["max_batch_size"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PackagingError(
+            f"{manifest.name} has no readable config.json of trtllm-build", expected="build_config.max_batch_size",
+            found=f"{type(error).__name__}: {error}", remedy="Build the engine again.",
+        ) from error  # fmt: skip
+    if num_slots > most:
+        raise PackagingError(
+            f"num_slots is above what {manifest.name} was built for", expected=f"at most {most} (max_batch_size)",
+            found=str(num_slots), remedy=f"Ask for {most} slots, or build the engine with a larger max_batch_size.",
+        )  # fmt: skip
 
 
 def _values(manifest: Manifest, num_slots: int, max_queue: int, threads: int | None, exclude_input: bool) -> dict[str, str]:
@@ -125,23 +196,32 @@ def _values(manifest: Manifest, num_slots: int, max_queue: int, threads: int | N
         "vocab_size": str(model.vocab_size),
         "max_length": str(model.max_length),
         "end_id": str(end_id),
+        "eos_token_ids": ",".join(str(token) for token in model.eos_token_ids),
         "pad_id": str(end_id if model.pad_token_id is None else model.pad_token_id),
     }
 
 
-def _write_model(folder: Path, model: str, values: dict[str, str]) -> None:
-    version = folder / _VERSION
+def _write_model(folder: Path, model: str, layout: Layout, values: dict[str, str]) -> None:
+    template, version = _TEMPLATES / layout.models[model], folder / _VERSION
     version.mkdir(parents=True)
-    config = Template((_TEMPLATES / model / "config.pbtxt").read_text(encoding="utf-8"))
-    (folder / "config.pbtxt").write_text(config.substitute(values), encoding="utf-8")
-    _copy_files(_TEMPLATES / model, ("model.py",), version)
-    _copy_files(_TEMPLATES / "common", ("serving_triton.py", "engine_link.py"), version)
-    _copy_files(_HERE, ("serving_inputs.py",), version)
+    config = Template((template / "config.pbtxt").read_text(encoding="utf-8"))
+    (folder / "config.pbtxt").write_text(config.substitute(values, model=model), encoding="utf-8")
+    if not (template / "model.py").is_file():
+        return  # the backend brings its own code
+    copy_files(template, ("model.py",), version)
+    copy_files(_TEMPLATES / "common", ("serving_triton.py",), version)
+    shutil.copyfile(_TEMPLATES / "common" / layout.link, version / "engine_link.py")
+    copy_files(_HERE, ("serving_inputs.py",), version)
+    copy_runtime(version)
+
+
+def copy_runtime(version: Path) -> None:
+    """Copy engines.runtime, under the name by which the models import it."""
     runtime = Path(engines.runtime.__file__).parent
     shutil.copytree(runtime, version / "runtime", ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "*.txt"))
 
 
-def _copy_files(source: Path, names: tuple[str, ...], target: Path) -> None:
+def copy_files(source: Path, names: tuple[str, ...], target: Path) -> None:
     """Copy those of the files that exist."""
     target.mkdir(parents=True, exist_ok=True)
     for name in names:

@@ -54,6 +54,8 @@ TEXT_NAMES: dict[str, str] = {
     "length_penalty": "length_penalty",
     "stream": "stream",
 }
+# Spelled so in older TensorRT-LLM repositories, and still by genai-perf.
+OLDER_NAMES = {"min_tokens": "min_length"}
 _INT32 = ("max_tokens", "end_id", "pad_id", "beam_width", "num_return_sequences", "min_tokens", "top_k")
 _FP32 = ("top_p", "temperature", "repetition_penalty", "presence_penalty", "frequency_penalty", "length_penalty")
 OPTION_DTYPES: dict[str, type[np.generic]] = {
@@ -101,6 +103,13 @@ def parse_options(inputs: Inputs, names: Mapping[str, str], vocab_size: int) -> 
         InputError: a value is out of range, or asks for something that is not offered.
     """
     given = {option: value for option, name in names.items() if (value := scalar(inputs, name)) is not None}
+
+    for option, older in OLDER_NAMES.items():
+        if (value := scalar(inputs, older)) is None:
+            continue
+        if given.get(option, value) != value:
+            raise InputError(f"{older}: expected one of {older} and {names[option]}, found both ({value}, {given[option]}).")
+        given[option], names = value, {**names, option: older}
 
     def require(option: str, good: bool, expected: str, remedy: str = "") -> None:
         if not good:

@@ -40,6 +40,16 @@ def test_neutral_values_ask_for_nothing():
     }
 
 
+def test_the_older_name_of_min_tokens_is_taken_too():
+    new = parse_options(tensors(max_tokens=9, min_tokens=4), TEXT_NAMES, 100)
+    assert parse_options(tensors(max_tokens=9, min_length=4), TEXT_NAMES, 100) == new
+    assert parse_options(tensors(max_tokens=9, min_length=4, min_tokens=4), TEXT_NAMES, 100) == new
+    with pytest.raises(InputError, match=r"min_length: expected 0 to max_tokens \(9\), found 10"):
+        parse_options(tensors(max_tokens=9, min_length=10), TEXT_NAMES, 100)
+    with pytest.raises(InputError, match=r"min_length: expected one of min_length and min_tokens, found both \(4, 5\)"):
+        parse_options(tensors(max_tokens=9, min_length=4, min_tokens=5), TEXT_NAMES, 100)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -22,7 +22,7 @@ TEXT_INPUTS = {
     **{name: ("STRING", [-1], True) for name in ("bad_words", "stop_words")},
     **{
         name: ("INT32", [1], True)
-        for name in ("num_return_sequences", "end_id", "pad_id", "top_k", "min_tokens", "beam_width")
+        for name in ("num_return_sequences", "end_id", "pad_id", "top_k", "min_tokens", "min_length", "beam_width")
     },
     **{
         name: ("FP32", [1], True)
@@ -81,7 +81,7 @@ def test_tokens_model_has_the_interface_of_known_clients(repository):
     assert inputs["input_lengths"] == inputs["request_output_len"] == ("INT32", [1], False)
     assert inputs["stop_words_list"] == inputs["bad_words_list"] == ("INT32", [2, -1], True)
     assert inputs["seed"] == ("UINT64", [1], True)
-    for name in ("end_id", "pad_id", "beam_width", "min_tokens", "runtime_top_k"):
+    for name in ("end_id", "pad_id", "beam_width", "min_tokens", "min_length", "runtime_top_k"):
         assert inputs[name] == ("INT32", [1], True), name
     penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty", "len_penalty")
     for name in ("runtime_top_p", "temperature", *penalties):

@@ -273,6 +273,16 @@ def test_waiting_requests_are_served_when_slots_become_free(served):
     assert found == [served.engine.generate_text(PROMPT, 4)]
 
 
+# --- what benchmarking clients measure
+
+
+def test_every_response_of_a_stream_has_text_and_there_is_one_a_token(served):
+    """perf_analyzer counts responses: an empty last one would be a token too many."""
+    tensors = text_request(PROMPT, 24, stream=True, exclude_input_in_output=True, end_id=np.int32(-1))
+    texts = [result.as_numpy("text_output").reshape(-1)[0] for result in responses(served.url, "ensemble", tensors)]
+    assert len(texts) == 24 and all(texts)
+
+
 # --- HTTP
 
 

@@ -115,7 +115,8 @@ class EngineServer:
             for event in handle:
                 if event.has_token:
                     logits = [] if event.logits is None else [event.logits]
-                    send(connection, {"token": event.token, "logprob": event.logprob}, logits)
+                    last = event.finish_reason is not None
+                    send(connection, {"token": event.token, "logprob": event.logprob, "last": last}, logits)
         except OSError:
             handle.cancel()
             raise

@@ -1,5 +1,6 @@
 """Text in, text out: tokenise, let the engine of the tokens model generate, detokenise as the tokens arrive.
 
+Served as `ensemble`, or as `tensorrt_llm_bls` beside TensorRT-LLM's backend; which engine, and how it is reached, only engine_link knows.
 A Python model rather than a Triton ensemble, because a cancellation does not travel through an ensemble.
 """
 
@@ -36,8 +37,12 @@ class TritonPythonModel:
         self.tokenizer = Tokenizer.load(HERE / "tokenizer")
         self.vocab_size = int(parameter(config, "vocab_size"))
         self.max_length = int(parameter(config, "max_length"))
+        ends = parameter(config, "eos_token_ids", "")
+        self.eos_token_ids = tuple(int(token) for token in ends.split(",") if token)
         self.exclude_input = parameter(config, "exclude_input_in_output", "false") == "true"
         self.engine = address(HERE.parent)
+        # Then this process has no thread but the server's: one request at a time, a cancellation is noticed at the next token.
+        self.in_turn = parameter(config, "in_turn", "false") == "true"
         self.watcher = Watcher()
 
     def finalize(self):
@@ -56,7 +61,10 @@ class TritonPythonModel:
                 pb_utils.Logger.log_error(text)
                 sender.send(error_response(pb_utils.TritonError(text)), flags=FINAL)
                 continue
-            threading.Thread(target=self._run, args=(work,), daemon=True).start()
+            if self.in_turn:
+                self._run(work)
+            else:
+                threading.Thread(target=self._run, args=(work,), daemon=True).start()
 
     def _read(self, request, sender):
         inputs = inputs_of(request)
@@ -68,6 +76,7 @@ class TritonPythonModel:
             raise InputError("text_input: expected text of at least one token, found none.")
         check_room("text_input", len(prompt), "max_tokens", options.given["max_tokens"], self.max_length)
         sampling = dict(options.sampling)
+        sampling.setdefault("eos_token_ids", self.eos_token_ids)
         if bad_words:
             # A word reads differently at the start of a line and after a space.
             forms = [form for word in bad_words for form in (word, " " + word)]
@@ -80,8 +89,11 @@ class TritonPythonModel:
         key = None
         try:
             link = EngineLink(self.engine, work.prompt, work.sampling)
-            key = self.watcher.watch(work.sender, link.cancel)
+            if not self.in_turn:
+                key = self.watcher.watch(work.sender, link.cancel)
             for header, arrays in link:
+                if self.in_turn and work.sender.is_cancelled():
+                    link.cancel()
                 if "error" in header:
                     raise EngineError(header)
                 if work.stream.stopped and "token" in header:
@@ -98,7 +110,11 @@ class TritonPythonModel:
             failure = pb_utils.TritonError(f"{type(error).__name__}: {error}")
         if key is not None:
             self.watcher.forget(key)
-        work.sender.send(work.last() if failure is None else error_response(failure), flags=FINAL)
+        last = work.last() if failure is None else error_response(failure)
+        if last is None:
+            work.sender.send(flags=FINAL)
+        else:
+            work.sender.send(last, flags=FINAL)
 
 
 class EngineError(Exception):
@@ -136,7 +152,8 @@ class Work:
         if arrays:
             self.logits.append(arrays[0])
         self.text += self.stream.push(header["token"])
-        if self.streaming and self.text and not self.stream.stopped:
+        # The last token's text waits for the response that ends the request: one without text would count as one more token.
+        if self.streaming and self.text and not self.stream.stopped and not header["last"]:
             self.sender.send(self._response([]))
 
     def close(self):
@@ -145,12 +162,14 @@ class Work:
             self.text += self.stream.flush()
 
     def last(self):
-        """The response that ends the request."""
+        """The response that ends the request; None when a stream has sent everything."""
         closing = [pb_utils.Tensor(name, array) for name, array in self.closing]
         if self.options.wants("return_num_input_tokens"):
             closing.append(pb_utils.Tensor("num_input_tokens", np.asarray([[len(self.prompt)]], np.int32)))
         if self.options.wants("return_num_output_tokens"):
             closing.append(pb_utils.Tensor("num_output_tokens", np.asarray([[self.count]], np.int32)))
+        if self.streaming and not (self.text or closing or self.log_probs or self.logits):
+            return None
         return self._response(closing)
 
     def _response(self, closing):

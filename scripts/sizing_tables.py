@@ -1,0 +1,76 @@
+#!/usr/bin/env python3
+"""Print the tables of docs/sizing.md, or put them there. Arithmetic alone: nothing is measured or built.
+
+python scripts/sizing_tables.py            # print
+python scripts/sizing_tables.py --write    # replace the part of docs/sizing.md between its two markers
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from engines.capacity import plan_capacity, read_spec
+from engines.target import load_target, target_names
+from ngpt.errors import TargetError
+from ngpt.spec import NGPTSpec
+
+DOCUMENT = ROOT / "docs" / "sizing.md"
+BEGIN, END = "<!-- begin: scripts/sizing_tables.py -->\n", "<!-- end -->\n"
+CONCURRENCY, CONTEXT = 16, 8192
+LARGE = {
+    "model_type": "ngpt",
+    "hidden_size": 8192,
+    "intermediate_size": 43008,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
+HEAD = """| target | precision | GPUs | weights GB/GPU | cache GB/GPU | sequences that fit | tokens/s each, at most | in all, at most |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def table(spec: NGPTSpec, precisions: tuple[str, ...]) -> str:
+    """A row for each GPU target and precision: the smallest tensor-parallel degree that holds the load."""
+    rows = []
+    for name in target_names():
+        for precision in precisions:
+            if load_target(name).gpu is None or precision not in load_target(name).precisions:
+                continue
+            try:
+                found = plan_capacity(spec, load_target(name, precision), CONCURRENCY, CONTEXT)
+            except TargetError:
+                rows.append(f"| {name} | {precision} | none | | | | | |")
+                continue
+            sizes = f"{found.weights / 1e9:.2f} | {found.cache / 1e9:.2f} | {found.most_sequences}"
+            rates = f"{found.rate:.0f} | {found.rate * found.concurrency:.0f}"
+            rows.append(f"| {name} | {precision} | {found.ranks} | {sizes} | {rates} |")
+    return HEAD + "\n".join(rows) + "\n"
+
+
+def tables() -> str:
+    """Both tables as Markdown."""
+    small, large = read_spec(None), NGPTSpec.from_config(LARGE)
+    load = f"{CONCURRENCY} sequences of {CONTEXT} tokens"
+    return (
+        f"## The 8B model, {load}\n\n{table(small, ('fp16', 'int8', 'int4'))}\n"
+        f"## A 70B shape, {load}\n\n80 layers, hidden 8192, MLP 43008, 64/8 heads of 128: no such checkpoint is known to us.\n\n"
+        f"{table(large, ('fp16', 'fp8', 'int4'))}"
+    )
+
+
+def main() -> None:
+    """See the module's text."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--write", action="store_true", help="put the tables into docs/sizing.md")
+    if not options.parse_args().write:
+        print(tables(), end="")
+        return
+    before, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
+    DOCUMENT.write_text(before + BEGIN + tables() + END + rest.split(END)[1], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

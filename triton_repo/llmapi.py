@@ -1,0 +1,87 @@
+"""Package a Hugging Face checkpoint for the PyTorch runtime of TensorRT-LLM, which loads checkpoints and builds no engine.
+
+Contract-tested with a double of `tensorrt_llm.LLM`; not executed with TensorRT-LLM. One model, `tensorrt_llm`, in Triton's Python backend, with the
+interface of the llmapi model in TensorRT-LLM's repository. Unlike `triton_repo.package`, what is served has no parity verdict.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from ngpt.checkpoint import open_checkpoint
+from ngpt.errors import PackagingError
+from triton_repo.package import TOKENIZER_FILES, copy_files, new_folder
+
+_HERE = Path(__file__).resolve().parent
+_FOLDER = "checkpoint"
+
+
+def package_checkpoint(
+    checkpoint_dir: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    *,
+    allow_unverified: bool = False,
+    modules: Sequence[str | os.PathLike[str]] = (),
+    num_slots: int = 8,
+    tensor_parallel: int = 1,
+    kv_cache_fraction: float = 0.9,
+) -> Path:
+    """Write a model repository with the one model ``tensorrt_llm``; whole, or not at all.
+
+    Args:
+        checkpoint_dir: a Hugging Face directory with safetensors and a tokenizer; its structure is checked.
+        output_dir: the repository; must not exist.
+        allow_unverified: must be said, because this runtime has no parity verdict.
+        modules: Python files imported before the model is loaded; one of them must register the architecture with TensorRT-LLM.
+        num_slots: sequences that are generated at the same time (max_batch_size).
+        tensor_parallel: GPUs that share the model.
+        kv_cache_fraction: part of the GPU's free memory for keys and values, above 0 to 1.
+
+    Returns:
+        The repository's path.
+
+    Raises:
+        OutputExistsError: ``output_dir`` exists. CheckpointError, ConfigError: not a good checkpoint.
+        PackagingError: ``allow_unverified`` not given, a bad option, a missing file, disk trouble.
+    """
+    source, output = Path(checkpoint_dir), Path(output_dir).absolute()
+    if not allow_unverified:
+        raise PackagingError(
+            f"{source} is a checkpoint: TensorRT-LLM's PyTorch runtime serves it without a parity verdict", expected="an engine folder",
+            found="no manifest.json", remedy="Build an engine, or package the checkpoint with --allow-unverified.",
+        )  # fmt: skip
+    for name, value in (("num_slots", num_slots), ("tensor_parallel", tensor_parallel)):
+        if value < 1:
+            raise PackagingError(name, expected="at least 1", found=str(value))
+    if not 0 < kv_cache_fraction <= 1:
+        raise PackagingError("kv_cache_fraction", expected="above 0, at most 1", found=str(kv_cache_fraction))
+    for wanted in (source / TOKENIZER_FILES[0], source / "config.json", *map(Path, modules)):
+        if not wanted.is_file():
+            raise PackagingError(f"{wanted.name} is needed to serve a checkpoint", expected=str(wanted), found="no such file")
+    with open_checkpoint(source) as checkpoint:
+        files = (*checkpoint.files, *checkpoint.tokenizer_files)
+    settings = {
+        "model": _FOLDER,
+        "backend": "pytorch",
+        "tensor_parallel_size": tensor_parallel,
+        "max_batch_size": num_slots,
+        "kv_cache_config": {"free_gpu_memory_fraction": kv_cache_fraction},
+        "triton_config": {"max_batch_size": 0, "decoupled": True},
+    }
+    with new_folder(output) as partial:
+        version = partial / "tensorrt_llm" / "1"
+        copy_files(_HERE / "templates" / "llmapi", ("model.py",), version)
+        copy_files(_HERE / "templates" / "llmapi", ("config.pbtxt",), version.parent)
+        copy_files(_HERE / "templates" / "common", ("serving_triton.py",), version)
+        copy_files(_HERE, ("serving_inputs.py",), version)
+        for module in map(Path, modules):
+            copy_files(module.parent, (module.name,), version / "modules")
+        (version / _FOLDER).mkdir()
+        for file in {source / "config.json", *source.glob("*.safetensors.index.json"), *files}:
+            shutil.copyfile(file, version / _FOLDER / file.name)
+        (version / "model.yaml").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return output
