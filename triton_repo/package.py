@@ -96,7 +96,7 @@ def package_engine(
     manifest = _checked_manifest(engine, allow_unverified, num_slots)
     layout = LAYOUTS[manifest.target.runtime]
     values = _values(manifest, num_slots, max_queue, threads, exclude_input_in_output)
-    values["engine_path"] = str(PurePosixPath(mount) / "tensorrt_llm" / _VERSION / "engine")
+    values["engine_path"] = str(PurePosixPath(mount) / "tensorrt_llm" / _VERSION / "engine" / _graph_folder(manifest))
     values["kv_cache_fraction"] = str(kv_cache_fraction)
     # Calls to another model are made one at a time in each process: several at once can hang the Python backend.
     in_turn = layout.link == "bls_link.py"
@@ -171,7 +171,8 @@ def _checked_manifest(engine: Path, allow_unverified: bool, num_slots: int) -> M
 def _check_batch(engine: Path, manifest: Manifest, num_slots: int) -> None:
     """The slots must not exceed the batch that trtllm-build wrote into the engine's config.json."""
     try:
-        most = json.loads((engine / "config.json").read_text(encoding="utf-8"))["build_config"]["max_batch_size"]
+        text = (engine / _graph_folder(manifest) / "config.json").read_text(encoding="utf-8")
+        most = json.loads(text)["build_config"]["max_batch_size"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PackagingError(
             f"{manifest.name} has no readable config.json of trtllm-build", expected="build_config.max_batch_size",
@@ -229,9 +230,14 @@ def copy_files(source: Path, names: tuple[str, ...], target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
+def _graph_folder(manifest: Manifest) -> PurePosixPath:
+    """Where the engine's own files lie in its folder; TensorRT-LLM's lie in one beside the checkpoint they were built from."""
+    return PurePosixPath(manifest.graph).parent
+
+
 def _copy_engine(engine: Path, manifest: Manifest, target: Path) -> None:
-    """The manifest and the files it names: nothing else that may lie in the folder."""
-    for name in ("manifest.json", *manifest.files):
+    """The manifest and the files it names in the graph's folder: nothing else that may lie there, and not what it was built from."""
+    for name in ("manifest.json", *(n for n in manifest.files if PurePosixPath(n).is_relative_to(_graph_folder(manifest)))):
         place = target / name
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(contained_path(engine, name), place)

@@ -49,7 +49,9 @@ def main():
             if "TRTLLM_FAIL" in os.environ:
                 sys.exit("out of memory, says the stand-in")
             (args.output_dir / f"rank{rank}.engine").write_text(f"rank {rank}")
-    (args.output_dir / "config.json").write_text(json.dumps({"version": "1.2.1", "pretrained_config": {}}))
+    (args.output_dir / "config.json").write_text(
+        json.dumps({"version": "1.2.1", "pretrained_config": {}, "build_config": {"max_batch_size": args.max_batch_size}})
+    )
 
 
 if __name__ == "__main__":

@@ -85,6 +85,17 @@ def test_with_trtllm_build_the_result_is_an_engine_folder(tmp_path, program, cap
     assert "cache paged" in capsys.readouterr().out
 
 
+def test_such_an_engine_goes_into_a_repository_of_tensorrt_llms_backend(tmp_path, program, capsys):
+    out = build_engine(TINY, "h100-trtllm", tmp_path / "engine", tp=2)
+    assert main(["package", str(out), "--output", str(tmp_path / "models")]) == 2  # nobody has verified it
+    assert "--allow-unverified" in capsys.readouterr().err
+    assert main(["package", str(out), "--output", str(tmp_path / "models"), "--allow-unverified"]) == 0
+    served = tmp_path / "models" / "tensorrt_llm" / "1" / "engine" / "engine"
+    assert {path.name for path in served.iterdir()} == {"config.json", "rank0.engine", "rank1.engine"}
+    config = (tmp_path / "models" / "tensorrt_llm" / "config.pbtxt").read_text()
+    assert 'backend: "tensorrtllm"' in config and "/models/tensorrt_llm/1/engine/engine" in config
+
+
 def test_such_an_engine_is_not_run_here(tmp_path, program):
     from engines import load_engine
     from engines.runtime.errors import EngineFileError

@@ -37,18 +37,20 @@ TEXT_MODELS = ("ensemble", BLS)
 
 @pytest.fixture(scope="session")
 def trtllm_engine(tiny_engine_folder, tmp_path_factory) -> Path:
-    """The form of an engine folder of TensorRT-LLM, with an engine that nothing could load."""
+    """The form of an engine folder of TensorRT-LLM as engines.trtllm writes it, with an engine that nothing could load."""
     folder = tmp_path_factory.mktemp("trtllm") / "engine"
-    folder.mkdir()
-    (folder / "rank0.engine").write_bytes(b"not an engine")
-    (folder / "config.json").write_text(json.dumps({"build_config": {"max_batch_size": BATCH}}))
+    (folder / "engine").mkdir(parents=True)
+    (folder / "engine" / "rank0.engine").write_bytes(b"not an engine")
+    (folder / "engine" / "config.json").write_text(json.dumps({"build_config": {"max_batch_size": BATCH}}))
+    (folder / "checkpoint").mkdir()
+    (folder / "checkpoint" / "rank0.safetensors").write_bytes(b"what it was built from")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (tiny_engine_folder / name).is_file():
             shutil.copyfile(tiny_engine_folder / name, folder / name)
     tiny = read_manifest(tiny_engine_folder)
     target = replace(tiny.target, name="h100-trtllm", runtime="tensorrt_llm", providers=(), executed=False)
-    files = {path.name: describe_file(path) for path in folder.iterdir()}
-    write_manifest(folder, replace(tiny, target=target, graph="rank0.engine", files=files))
+    files = {path.relative_to(folder).as_posix(): describe_file(path) for path in folder.rglob("*") if path.is_file()}
+    write_manifest(folder, replace(tiny, target=target, graph="engine/rank0.engine", files=files))
     return folder
 
 
@@ -82,10 +84,11 @@ def test_the_engine_goes_to_tensorrt_llms_backend(trtllm_repository):
     assert config.model_transaction_policy.decoupled
     found = parameters(config)
     assert found["gpt_model_type"] == "inflight_fused_batching"
-    assert found["gpt_model_path"] == "/srv/models/tensorrt_llm/1/engine"
+    assert found["gpt_model_path"] == "/srv/models/tensorrt_llm/1/engine/engine"
     assert found["kv_cache_free_gpu_mem_fraction"] == "0.8"
     inside = trtllm_repository / found["gpt_model_path"].removeprefix("/srv/models/")
-    assert {"rank0.engine", "config.json"} <= {path.name for path in inside.iterdir()}
+    assert {"rank0.engine", "config.json"} == {path.name for path in inside.iterdir()}
+    assert not list(trtllm_repository.rglob("*.safetensors"))  # the checkpoint is as large as the engine, and not needed
     assert not list((trtllm_repository / "tensorrt_llm").rglob("*.py"))
 
 
@@ -146,8 +149,8 @@ def test_more_slots_than_the_engines_batch_are_refused(trtllm_engine, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(trtllm_engine, bare)
     manifest = read_manifest(bare)
-    (bare / "config.json").unlink()
-    write_manifest(bare, replace(manifest, files={k: v for k, v in manifest.files.items() if k != "config.json"}))
+    (bare / "engine" / "config.json").unlink()
+    write_manifest(bare, replace(manifest, files={k: v for k, v in manifest.files.items() if k != "engine/config.json"}))
     with pytest.raises(PackagingError, match="config.json of trtllm-build"):
         package_engine(bare, tmp_path / "out")
     write_manifest(bare, replace(manifest, target=replace(manifest.target, runtime="tpu")))
