@@ -33,11 +33,15 @@ HEAD = """| target | precision | GPUs | weights GB/GPU | cache GB/GPU | sequence
 
 
 def table(spec: NGPTSpec, precisions: tuple[str, ...]) -> str:
-    """A row for each GPU target and precision: the smallest tensor-parallel degree that holds the load."""
+    """A row for each card and precision: the smallest tensor-parallel degree that holds the load.
+
+    A card's TensorRT-LLM target has the same memory and bandwidth, and would repeat its rows.
+    """
     rows = []
     for name in target_names():
         for precision in precisions:
-            if load_target(name).gpu is None or precision not in load_target(name).precisions:
+            target = load_target(name)
+            if target.gpu is None or target.runtime == "tensorrt_llm" or precision not in target.precisions:
                 continue
             try:
                 found = plan_capacity(spec, load_target(name, precision), CONCURRENCY, CONTEXT)
