@@ -11,7 +11,7 @@ from ngpt.spec import NGPTSpec
 # Bytes a weight of a projection takes, its scales included: one float16 scale per 32 weights (int4) or per row (int8, fp8).
 PROJECTION_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5625}
 HEAD_BYTES = PROJECTION_BYTES | {"int4": 1.0}
-STORED_BYTES = {"fp32": 4}  # of the embedding table, the cache and activations; 2 in every other precision
+STORED_BYTES = {"fp32": 4}  # of the embedding table, the cache (unless it is fp8) and activations; 2 in every other precision
 RESERVE = 1 << 30
 """Bytes left to the driver, the CUDA context and the runtime's own memory."""
 
@@ -49,9 +49,10 @@ def weight_bytes(spec: NGPTSpec, precision: str) -> int:
     return int(spec.num_layers * matrices * PROJECTION_BYTES[precision] + table * (stored + HEAD_BYTES[precision]))
 
 
-def cache_bytes_per_token(spec: NGPTSpec, precision: str) -> int:
-    """Bytes of keys and values that one token adds."""
-    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * STORED_BYTES.get(precision, 2)
+def cache_bytes_per_token(spec: NGPTSpec, precision: str, kv_cache: str = "auto") -> int:
+    """Bytes of keys and values that one token adds; `kv_cache` as in `Target`."""
+    width = 1 if kv_cache == "fp8" else STORED_BYTES.get(precision, 2)
+    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * width
 
 
 def footprint(spec: NGPTSpec, target: Target) -> Footprint:
@@ -64,7 +65,7 @@ def footprint(spec: NGPTSpec, target: Target) -> Footprint:
     logits = 4 * spec.vocab_size * max(tokens, target.profile.decode_batch)
     return Footprint(
         weights=weight_bytes(spec, target.precision),
-        cache_row=cache_bytes_per_token(spec, target.precision) * spec.max_length,
+        cache_row=cache_bytes_per_token(spec, target.precision, target.kv_cache) * spec.max_length,
         activations=max(widest, logits),
         memory=int(target.gpu.memory_gb * 1e9),
     )
