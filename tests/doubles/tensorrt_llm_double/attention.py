@@ -16,6 +16,7 @@ from tests.doubles.tensorrt_llm_double.tensor import made
 from tests.doubles.tensorrt_llm_double.world import QuantMode, default_net
 
 CONTEXT, GENERATION = 0, 1
+_PLAIN = QuantMode(0)
 
 
 def gpt_attention(
@@ -50,7 +51,7 @@ def gpt_attention(
     num_kv_heads_origin=-1,
     kv_orig_quant_scale=None,
     kv_quant_orig_scale=None,
-    kv_cache_quant_mode=QuantMode(0),
+    kv_cache_quant_mode=_PLAIN,
 ):
     """The arguments that the project passes (the source has 70, with the same names and defaults)."""
     net = default_net()
