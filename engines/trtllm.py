@@ -81,7 +81,7 @@ def build_trtllm(
             if program is not None:
                 report(f"{_PROGRAM} (minutes)", 0.8)
                 version = _run(program, work, arguments, parallel)
-                flags = {"form": target.form, "tp": parallel.tp, "pp": parallel.pp, "kv_cache": target.kv_cache}
+                flags: dict[str, Any] = {"form": target.form, "tp": parallel.tp, "pp": parallel.pp, "kv_cache": target.kv_cache}
                 flags["trtllm_build"] = arguments
                 manifest = describe(opened, target, None, name or Path(checkpoint).resolve().name, flags)
                 manifest["graph"] = "engine/rank0.engine"

@@ -199,7 +199,7 @@ class TensorRTLLM(Lowering[Any]):
     def _quantised_cache(self, local: int) -> dict[str, Any]:
         """Arguments of `gpt_attention` for an fp8 cache: both scales of a layer's keys and values, float32 [1], and the mode; else none.
 
-        As TensorRT-LLM's own attention passes them (tensorrt_llm/layers/attention.py).
+        As TensorRT-LLM's own attention passes them (tensorrt_llm/layers/attention.py, Ataraksia/TensorRT-LLM commit a451bf93, a fork of 1.x).
         """
         if self.model.config.kv_dtype != "fp8":
             return {}

@@ -58,7 +58,8 @@ class _Layer(Module):
         self.attention.dense = RowLinear(heads, hidden, bias=spec.attention_bias, **tp)
         self.attention.q_scale = Parameter(shape=(heads // mapping.tp_size,), dtype="float32")
         if config.kv_dtype == "fp8":
-            # TensorRT-LLM's `kv_cache_quantize` gives these to its own attention modules only.
+            # Reading and writing. `kv_cache_quantize` (quantization/quantize.py, Ataraksia/TensorRT-LLM commit a451bf93) gives them to
+            # TensorRT-LLM's own attention modules alone; `preprocess_weights` makes the second from the first.
             self.attention.kv_cache_scaling_factor = Parameter(shape=(1,), dtype="float32")
             self.attention.kv_cache_rcp_scaling_factor = Parameter(shape=(1,), dtype="float32")
         self.attention.lr = Parameter(shape=(hidden,), dtype="float32")

@@ -20,7 +20,7 @@ from tests.trtllm.serving import Engine, converted
 
 CASES = ["gqa", "llama3-rope-bias", "research-checkpoint"]
 CONTEXT, TOKENS = 4, 20
-FAULT = 2.0  # measured of scales 4 times too small: 4.2 (llama3-rope-bias) to 9.5 (gqa)
+FAULT = 2.0  # measured of scales 4 times too small: 4.3 (llama3-rope-bias) to 9.7 (research-checkpoint)
 
 
 def rms(error):

@@ -5,9 +5,10 @@ generation requests; a context request brings `context_lengths` tokens, a genera
 `sequence_length` keys (cpp/tensorrt_llm/batch_manager/runtimeBuffers.cpp, `setFromInputs`). Padded: every row brings S tokens, of which
 the first `context_lengths` are real in context; what the kernel leaves at the others is undefined, here NaN.
 
-A context request reads the cache with paged context FMHA alone, and else its own unrounded keys and values. An fp8 cache holds
-clamp(x * kv_orig_quant_scale) in e4m3, which generation reads back times kv_quant_orig_scale, the step's own token included (whether
-that one is rounded differs between TensorRT-LLM's kernels).
+A context request reads the cache with paged context FMHA alone, and else its own unrounded keys and values (input layouts Q_PAGED_KV and
+PACKED_QKV; cpp/tensorrt_llm/common/attentionOp.cpp as stored, no commit known). An fp8 cache holds
+clamp(x * kv_orig_quant_scale) in e4m3, which generation reads back times kv_quant_orig_scale, the step's own token included (an
+assumption: the generation kernels were not read).
 """
 
 import torch
