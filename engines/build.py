@@ -20,7 +20,7 @@ from engines.genai import genai_config
 from engines.onnx_graph import export_graph, tap_function
 from engines.plan import build_plan
 from engines.sizing import check_fits
-from engines.target import AUTO, DEFAULT, Profile, Target, load_target
+from engines.target import AUTO, DEFAULT, Profile, Target, load_target, with_kv_cache
 from export.lowerings.tensorrt_layers import ARITHMETIC
 from export.lowerings.tensorrt_library import Library, load_library
 from export.trtllm.parallel import Parallel
@@ -46,18 +46,20 @@ def build_engine(
     verify: bool = True,
     tp: int = 1,
     pp: int = 1,
+    kv_cache: str = "auto",
     progress: Progress | None = None,
 ) -> Path:
     """Build the engine of a checkpoint for a target; returns the folder.
 
     An engine that fails parity is still written, with the verdict in its manifest: the report says where it parts ways.
     Target "auto" is the one of this machine's GPU, or the default where there is none; `precision` is one that the target
-    offers. Verified where the engine can run on this machine. `tp` and `pp` divide it among GPUs (TensorRT-LLM targets alone, which
-    `engines.trtllm` builds).
+    offers. Verified where the engine can run on this machine. `tp` and `pp` divide it among GPUs, and
+    `kv_cache` "fp8" halves the cache (TensorRT-LLM targets alone, which `engines.trtllm` builds).
     Raises the checkpoint's errors, TargetError (unknown, or a card the model does not fit), OutputExistsError, MissingPackageError,
     BuildError (disk full, output not writable, refused by the runtime's builder).
     """
-    chosen, folder, report = choose_target(target, precision), Path(output), progress or (lambda what, done: None)
+    chosen = with_kv_cache(choose_target(target, precision), kv_cache)
+    folder, report = Path(output), progress or (lambda what, done: None)
     if chosen.runtime == "tensorrt_llm":
         from engines.trtllm import build_trtllm
 
@@ -199,7 +201,7 @@ def describe(checkpoint: Checkpoint, target: Target, library: Library | None, na
             "num_kv_heads": spec.num_kv_heads,
             "head_dim": spec.head_dim,
             "max_length": spec.max_length,
-            "cache_dtype": _NUMPY[arithmetic(target.precision, target.on_onnx)],
+            "cache_dtype": "float8_e4m3" if target.kv_cache == "fp8" else _NUMPY[arithmetic(target.precision, target.on_onnx)],
             "bos_token_id": spec.bos_token_id,
             "eos_token_ids": list(spec.eos_token_ids),
             "pad_token_id": spec.pad_token_id,

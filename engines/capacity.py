@@ -135,7 +135,7 @@ def capacity(spec: NGPTSpec, target: Target, concurrency: int, context: int, ran
             remedy="choose another --tp: it must divide the heads and the MLP, and divide the key-value heads or be a multiple",
         )  # fmt: skip
     precision, profile = target.precision, target.profile
-    weights, token = weight_bytes(spec, precision, ranks), cache_bytes_per_token(spec, precision, ranks)
+    weights, token = weight_bytes(spec, precision, ranks), cache_bytes_per_token(spec, precision, ranks, target.kv_cache)
     return Capacity(
         target=target.name,
         precision=precision,

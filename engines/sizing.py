@@ -11,7 +11,7 @@ from ngpt.spec import NGPTSpec
 # Bytes a weight of a projection takes, its scales included: one float16 scale per 32 weights (int4) or per row (int8, fp8).
 PROJECTION_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5625}
 HEAD_BYTES = PROJECTION_BYTES | {"int4": 1.0}
-STORED_BYTES = {"fp32": 4}  # of the embedding table, the cache and activations; 2 in every other precision
+STORED_BYTES = {"fp32": 4}  # of the embedding table, the cache (unless it is fp8) and activations; 2 in every other precision
 RESERVE = 1 << 30
 """Bytes left to the driver, the CUDA context and the runtime's own memory."""
 
@@ -58,9 +58,10 @@ def weight_bytes(spec: NGPTSpec, precision: str, ranks: int = 1) -> int:
     return int(spec.num_layers * matrices * PROJECTION_BYTES[precision] + head) + table_bytes(spec, precision, ranks)
 
 
-def cache_bytes_per_token(spec: NGPTSpec, precision: str, ranks: int = 1) -> int:
-    """Bytes of keys and values that one token adds, on one of `ranks` tensor-parallel GPUs."""
-    return 2 * spec.num_layers * kv_heads(spec, ranks) * spec.head_dim * STORED_BYTES.get(precision, 2)
+def cache_bytes_per_token(spec: NGPTSpec, precision: str, ranks: int = 1, kv_cache: str = "auto") -> int:
+    """Bytes of keys and values that one token adds, on one of `ranks` tensor-parallel GPUs; `kv_cache` as in `Target`."""
+    width = 1 if kv_cache == "fp8" else STORED_BYTES.get(precision, 2)
+    return 2 * spec.num_layers * kv_heads(spec, ranks) * spec.head_dim * width
 
 
 def activation_bytes(spec: NGPTSpec, precision: str, prefill_tokens: int, decode_batch: int, ranks: int = 1) -> int:
@@ -74,7 +75,7 @@ def footprint(spec: NGPTSpec, target: Target) -> Footprint:
     assert target.gpu is not None and target.profile is not None
     return Footprint(
         weights=weight_bytes(spec, target.precision),
-        cache_row=cache_bytes_per_token(spec, target.precision) * spec.max_length,
+        cache_row=cache_bytes_per_token(spec, target.precision, kv_cache=target.kv_cache) * spec.max_length,
         activations=activation_bytes(spec, target.precision, target.profile.prefill_tokens, target.profile.decode_batch),
         memory=int(target.gpu.memory_gb * 1e9),
     )

@@ -11,6 +11,7 @@ from ngpt.errors import TargetError
 FOLDER = Path(__file__).parent / "targets"
 DEFAULT = "cpu-int8"
 AUTO = "auto"
+_FP8_CAPABILITY = (8, 9)  # the first with float8 conversions: Ada
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Target:
     """A runtime, a form of the network and a precision. `executed` says whether this project has seen it run.
 
     `gpu` and `profile` are there for TensorRT and TensorRT-LLM targets and for them alone. Form "ort" is ONNX with ONNX Runtime's kernels,
-    "portable" standard ONNX, "native" a TensorRT network of its own layers, "plugins" one with this project's kernels.
+    "portable" standard ONNX, "native" a TensorRT network of its own layers, "plugins" one with this project's kernels. `kv_cache` is the
+    type of cached keys and values: "auto" that of the arithmetic.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Target:
     precisions: tuple[str, ...] = ()
     gpu: Gpu | None = None
     profile: Profile | None = None
+    kv_cache: Literal["auto", "fp8"] = "auto"
 
     @property
     def on_onnx(self) -> bool:
@@ -101,3 +104,30 @@ def load_target(name: str, precision: str | None = None) -> Target:
             remedy="choose another --precision or --target",
         )  # fmt: skip
     return dataclasses.replace(target, precision=precision)  # type: ignore[arg-type]
+
+
+def with_kv_cache(target: Target, kv_cache: str) -> Target:
+    """The target with keys and values cached as `kv_cache`: "auto" (the arithmetic's own type) or "fp8" (float8_e4m3).
+
+    Raises TargetError where "fp8" has no meaning: a runtime other than TensorRT-LLM, a card without float8, or fp32.
+    """
+    if kv_cache == target.kv_cache:
+        return target
+    wrong: tuple[str, str, str] | None = None
+    if kv_cache not in ("auto", "fp8"):
+        wrong = "auto or fp8", kv_cache, "choose one of them"
+    elif kv_cache == "fp8" and target.runtime != "tensorrt_llm":
+        wrong = "a TensorRT-LLM target", f"{target.name}, {target.runtime}", "choose another --target, or --kv-cache auto"
+    elif kv_cache == "fp8" and target.gpu is not None and _capability(target.gpu) < _FP8_CAPABILITY:
+        card = f"{target.name}, {target.gpu.compute_capability}"
+        wrong = "compute capability 8.9 or higher", card, "choose another --target, or --kv-cache auto"
+    elif kv_cache == "fp8" and target.precision == "fp32":
+        wrong = "a precision narrower than fp32", "fp32", "choose --precision bf16 or fp16, or --kv-cache auto"
+    if wrong is not None:
+        expected, found, remedy = wrong
+        raise TargetError(f"--kv-cache {kv_cache}", expected=expected, found=found, remedy=remedy)
+    return dataclasses.replace(target, kv_cache=kv_cache)  # type: ignore[arg-type]
+
+
+def _capability(gpu: Gpu) -> tuple[int, ...]:
+    return tuple(int(part) for part in gpu.compute_capability.split("."))

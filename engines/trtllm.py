@@ -70,7 +70,7 @@ def build_trtllm(
             (work / "checkpoint").mkdir()
             convert(
                 deployed(opened, target), work / "checkpoint", parallel, target.precision,
-                lambda what, part: report(what, 0.2 + 0.6 * part), kernels=_kernels(target),
+                lambda what, part: report(what, 0.2 + 0.6 * part), kernels=_kernels(target), kv_cache=target.kv_cache,
             )  # fmt: skip
             for path in opened.tokenizer_files:
                 shutil.copyfile(path, work / path.name)
@@ -81,7 +81,8 @@ def build_trtllm(
             if program is not None:
                 report(f"{_PROGRAM} (minutes)", 0.8)
                 version = _run(program, work, arguments, parallel)
-                flags = {"form": target.form, "tp": parallel.tp, "pp": parallel.pp, "trtllm_build": arguments}
+                flags: dict[str, Any] = {"form": target.form, "tp": parallel.tp, "pp": parallel.pp, "kv_cache": target.kv_cache}
+                flags["trtllm_build"] = arguments
                 manifest = describe(opened, target, None, name or Path(checkpoint).resolve().name, flags)
                 manifest["graph"] = "engine/rank0.engine"
                 manifest["tools"]["tensorrt_llm"] = version
@@ -99,10 +100,13 @@ def build_arguments(spec: NGPTSpec, target: Target, parallel: Parallel) -> list[
     """Options of trtllm-build, folders excepted.
 
     Packed tokens and a paged cache allow in-flight batching; paged context attention, chunked prefill. FP8 attention stays off: it wants
-    a scale of the attention's output that only TensorRT-LLM's own attention module carries. There is no float32 fused attention.
+    a scale of the attention's output that only TensorRT-LLM's own attention module carries. So does paged context attention over an fp8
+    cache, which the builder gives up without fp8 weights and for which it turns FP8 attention on with them (builder.py, `build`): with that
+    cache it is off, and a prompt is one step. There is no float32 fused attention.
     """
     assert target.profile is not None
     dtype, fused = storage_dtype(target.precision), "disable" if target.precision == "fp32" else "enable"
+    paged = "disable" if target.kv_cache == "fp8" else fused
     length = spec.max_length
     values = {
         "model_cls_name": ARCHITECTURE,
@@ -111,13 +115,13 @@ def build_arguments(spec: NGPTSpec, target: Target, parallel: Parallel) -> list[
         "remove_input_padding": "enable",
         "kv_cache_type": "paged",
         "context_fmha": fused,
-        "use_paged_context_fmha": fused,
+        "use_paged_context_fmha": paged,
         "use_fp8_context_fmha": "disable",
         "max_batch_size": target.profile.decode_batch,
         "max_seq_len": length,
         "max_input_len": length,
         # Without chunks a whole prompt is one step.
-        "max_num_tokens": target.profile.prefill_tokens if fused == "enable" else max(target.profile.prefill_tokens, length),
+        "max_num_tokens": target.profile.prefill_tokens if paged == "enable" else max(target.profile.prefill_tokens, length),
         "workers": parallel.world,
     }
     return [part for key, value in values.items() for part in (f"--{key}", str(value))]
@@ -128,7 +132,7 @@ def dry_run(checkpoint: str | Path, target: Target, folder: Path, parallel: Para
     with open_checkpoint(checkpoint) as opened:
         _check(opened.spec, target, parallel)
         weights = deployed(opened, target)
-        config, spec = trtllm_config(weights, parallel, target.precision), opened.spec
+        config, spec = trtllm_config(weights, parallel, target.precision, kv_cache=target.kv_cache), opened.spec
         size = _bytes(opened, target)
         arguments = build_arguments(spec, target, parallel)
     ranks = [
@@ -141,6 +145,7 @@ def dry_run(checkpoint: str | Path, target: Target, folder: Path, parallel: Para
     found = shutil.which(_PROGRAM)
     lines = [
         f"convert {checkpoint} to {folder / 'checkpoint'}: {config['dtype']}, quantisation {config['quantization']['quant_algo']}, "
+        f"cache {'float8_e4m3' if target.kv_cache == 'fp8' else config['dtype']}, "
         f"{parallel.world} rank(s), about {size / 1e6:.0f} MB",
         *ranks,
         shlex.join([_PROGRAM, *_folders(folder), *arguments]),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.runtime.errors import ServingError
-from engines.target import AUTO, DEFAULT, load_target, target_names
+from engines.target import AUTO, DEFAULT, load_target, target_names, with_kv_cache
 from ngpt.errors import NGPTDeployError, ParityFailedError
 
 EPILOG = """examples:
@@ -61,6 +61,10 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--no-verify", action="store_true", help="skip parity; the packager will then refuse the engine")
     build.add_argument("--tp", type=int, default=1, help="cards a layer is divided among (TensorRT-LLM targets)")
     build.add_argument("--pp", type=int, default=1, help="cards the layers are divided among (TensorRT-LLM targets)")
+    build.add_argument(
+        "--kv-cache", choices=["auto", "fp8"], default="auto",
+        help="type of cached keys and values; auto: the arithmetic's own (fp8: TensorRT-LLM targets)",
+    )  # fmt: skip
     build.add_argument("--dry-run", action="store_true", help="say what would be done and write nothing (TensorRT-LLM targets)")
 
     plan = command("plan", _plan, "Compute the GPUs, memory and highest decode rate of a model under a load, before building.")
@@ -175,7 +179,7 @@ def _build(args: argparse.Namespace) -> int:
     with Bar() as bar:
         folder = build_engine(
             args.checkpoint, args.target, args.output, precision=args.precision, name=args.name, verify=not args.no_verify,
-            tp=args.tp, pp=args.pp, progress=bar,
+            tp=args.tp, pp=args.pp, kv_cache=args.kv_cache, progress=bar,
         )  # fmt: skip
     if not (folder / "manifest.json").exists():  # TensorRT-LLM is not installed here
         print(f"checkpoint {folder / 'checkpoint'}\n")
@@ -200,6 +204,7 @@ def _dry_run(args: argparse.Namespace) -> int:
     target = load_target(args.target, args.precision)
     if target.runtime != "tensorrt_llm":
         raise TargetError("--dry-run", expected="a TensorRT-LLM target", found=target.name)
+    target = with_kv_cache(target, args.kv_cache)
     print(dry_run(args.checkpoint, target, Path(args.output), Parallel(args.tp, args.pp)))
     return 0
 

@@ -175,6 +175,7 @@ class TensorRTLLM(Lowering[Any]):
             use_cache=self.inputs.use_cache,
             host_runtime_perf_knobs=params.host_runtime_perf_knobs,
             host_context_progress=params.host_context_progress,
+            **self._quantised_cache(local),
         )
         self.presents.append(present)
         return out
@@ -194,6 +195,20 @@ class TensorRTLLM(Lowering[Any]):
         for attribute in path.split("."):
             found = getattr(found, attribute)
         return found
+
+    def _quantised_cache(self, local: int) -> dict[str, Any]:
+        """Arguments of `gpt_attention` for an fp8 cache: both scales of a layer's keys and values, float32 [1], and the mode; else none.
+
+        As TensorRT-LLM's own attention passes them (tensorrt_llm/layers/attention.py, Ataraksia/TensorRT-LLM commit a451bf93, a fork of 1.x).
+        """
+        if self.model.config.kv_dtype != "fp8":
+            return {}
+        attention = self.model.transformer.layers[local].attention
+        return {
+            "kv_orig_quant_scale": attention.kv_cache_rcp_scaling_factor.value,
+            "kv_quant_orig_scale": attention.kv_cache_scaling_factor.value,
+            "kv_cache_quant_mode": self.model.config.quant_mode,
+        }
 
     def _wide(self, x: Any) -> Any:
         return self.f.cast(x, "float32")

@@ -18,6 +18,7 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 QUANTISATION = {"int8": "W8A16", "int4": "W4A16", "fp8": "FP8"}
 """Weight-only int8 and int4 are quantised by TensorRT-LLM's own loader from plain weights (`preprocess_weights`, which calls
 `torch.ops.trtllm.symmetric_quantize_last_axis_of_batched_matrix` and interleaves), so their checkpoint holds plain weights."""
+KV_CACHE = {"auto": None, "fp8": "FP8"}
 ACTIVATIONS = ("relu2", "relu", "silu", "gelu_tanh")
 """`tensorrt_llm.functional` has no erf: its gelu is the tanh approximation."""
 
@@ -27,8 +28,14 @@ def storage_dtype(precision: str) -> str:
     return DTYPES[ARITHMETIC[precision]]
 
 
-def trtllm_config(weights: DeployedWeights, parallel: Parallel, precision: str, kernels: int | None = None) -> dict[str, Any]:
-    """The dict of config.json. `kernels`: the compute capability (90 is 9.0) to use this project's plugins for, None for none. Raises UnsupportedError for an activation that TensorRT-LLM lacks."""
+def trtllm_config(
+    weights: DeployedWeights, parallel: Parallel, precision: str, kernels: int | None = None, kv_cache: str = "auto"
+) -> dict[str, Any]:
+    """The dict of config.json.
+
+    `kernels`: the compute capability (90 is 9.0) to use this project's plugins for, None for none. `kv_cache`: "auto" (the dtype) or "fp8",
+    from which `PretrainedConfig.kv_dtype` becomes "fp8". Raises UnsupportedError for an activation that TensorRT-LLM lacks.
+    """
     spec = weights.spec
     if spec.mlp not in ACTIVATIONS:
         raise UnsupportedError(
@@ -53,7 +60,7 @@ def trtllm_config(weights: DeployedWeights, parallel: Parallel, precision: str, 
         "use_parallel_embedding": parallel.tp > 1,
         "embedding_sharding_dim": 0,
         "mapping": {"world_size": parallel.world, "tp_size": parallel.tp, "pp_size": parallel.pp},
-        "quantization": {"quant_algo": QUANTISATION.get(precision), "kv_cache_quant_algo": None},
+        "quantization": {"quant_algo": QUANTISATION.get(precision), "kv_cache_quant_algo": KV_CACHE[kv_cache]},
         "ngpt": {"spec": spec.to_dict(), "mlp_eps": weights.mlp_eps, "kernels": kernels},
     }
 

@@ -11,7 +11,7 @@ import torch
 
 from export.lowerings.tensorrt_library import Progress
 from export.trtllm.config import storage_dtype, trtllm_config
-from export.trtllm.fp8 import LARGEST, activation_scale, weight_scale
+from export.trtllm.fp8 import LARGEST, activation_scale, cache_scale, weight_scale
 from export.trtllm.layout import MODULES, Entry, Part, rank_layout
 from export.trtllm.parallel import Parallel
 from export.trtllm.rank_file import RankFile
@@ -20,6 +20,7 @@ from ngpt.errors import UnsupportedError
 
 _BLOCK = 1 << 22  # elements rounded at once
 _SCALES = ("weights_scaling_factor", "activation_scaling_factor")
+_CACHE_SCALE = "transformer.layers.{}.attention.kv_cache_scaling_factor"
 
 
 def convert(
@@ -30,20 +31,24 @@ def convert(
     progress: Progress | None = None,
     *,
     kernels: int | None = None,
+    kv_cache: str = "auto",
 ) -> None:
     """Write config.json and rank{i}.safetensors into an existing folder.
 
     Each canonical tensor is read once (fp8: twice, for its range) and its shares go to all files. Precisions: fp32, fp16, bf16; int8
-    and int4 (plain weights, which TensorRT-LLM's loader quantises); fp8 (per-tensor scales). `kernels` as in `trtllm_config`. Raises UnsupportedError for sizes
-    that cannot be divided, activations TensorRT-LLM lacks, or weights beyond float16.
+    and int4 (plain weights, which TensorRT-LLM's loader quantises); fp8 (per-tensor scales). `kernels` and `kv_cache`
+    as in `trtllm_config`; a cache of fp8 adds one scale a layer, from whose inverse TensorRT-LLM's loader makes the other. Raises
+    UnsupportedError for sizes that cannot be divided, activations TensorRT-LLM lacks, or weights beyond float16.
     """
     parallel.check(weights.spec)
-    config = trtllm_config(weights, parallel, precision, kernels)
+    config = trtllm_config(weights, parallel, precision, kernels, kv_cache)
     stored: torch.dtype = getattr(torch, storage_dtype(precision))
     matrix = torch.float8_e4m3fn if precision == "fp8" else stored
     dtypes = {"matrix": matrix, "stored": stored, "vector": torch.float32}
     layouts = [rank_layout(weights, parallel, rank) for rank in range(parallel.world)]
     scales = _Scales(weights) if precision == "fp8" else None
+    layers = weights.spec.num_layers
+    caches = [cache_scale(weights, layer) for layer in range(layers)] if kv_cache == "fp8" else []
     with ExitStack() as stack:
         files = []
         for rank, layout in enumerate(layouts):
@@ -52,7 +57,11 @@ def convert(
                 for name, entry in layout.items():
                     if entry.kind == "matrix":
                         tensors |= {f"{name.removesuffix('weight')}{kind}": (torch.float32, (1,)) for kind in _SCALES}
+            mine = caches and [caches[layer] for layer in parallel.layers(rank // parallel.tp, layers)]
+            tensors |= {_CACHE_SCALE.format(local): (torch.float32, (1,)) for local in range(len(mine))}
             files.append(stack.enter_context(RankFile(folder / f"rank{rank}.safetensors", tensors)))
+            for local, number in enumerate(mine):
+                files[rank].write(_CACHE_SCALE.format(local), 0, torch.tensor([number]))
         wanted = _by_source(layouts)
         for done, source in enumerate(weights.names()):
             if progress is not None:

@@ -39,6 +39,18 @@ def activation_scale(weights: DeployedWeights, product: str) -> float:
     return bound / LARGEST if bound > 0 else 1.0
 
 
+def cache_scale(weights: DeployedWeights, layer: int) -> float:
+    """`kv_cache_scaling_factor` of a layer: what a cached code is multiplied by to give a key's or a value's channel.
+
+    TensorRT-LLM has one for both (docs/source/advanced/gpt-attention.md, commit 5a211b91: shape [1], codes are value * (1 / scale)); its
+    loader takes the larger of two (`preprocess_weights`, models/modeling_utils.py, commit 34a26727). Keys are cached with unit norm, so no
+    channel exceeds 1; values are bounded as the input of `o` is. That costs no precision, as long as the narrower of the two stays
+    above 2**-6 / 448 of the wider: e4m3 is relative. Rounded weights or hidden states can exceed a bound by their own rounding; up to
+    464 / 448 of it that is e4m3's rounding too, and beyond it saturates.
+    """
+    return max(1.0 / LARGEST, activation_scale(weights, f"layers.{layer}.attn.o"))
+
+
 def _largest(matrix: Array) -> float:
     """Of the absolute values, without a copy."""
     return max(float(matrix.max()), -float(matrix.min()))

@@ -57,6 +57,11 @@ class _Layer(Module):
         self.attention.qkv = rows(heads + 2 * keys, spec.attention_bias)
         self.attention.dense = RowLinear(heads, hidden, bias=spec.attention_bias, **tp)
         self.attention.q_scale = Parameter(shape=(heads // mapping.tp_size,), dtype="float32")
+        if config.kv_dtype == "fp8":
+            # Reading and writing. `kv_cache_quantize` (quantization/quantize.py, Ataraksia/TensorRT-LLM commit a451bf93) gives them to
+            # TensorRT-LLM's own attention modules alone; `preprocess_weights` makes the second from the first.
+            self.attention.kv_cache_scaling_factor = Parameter(shape=(1,), dtype="float32")
+            self.attention.kv_cache_rcp_scaling_factor = Parameter(shape=(1,), dtype="float32")
         self.attention.lr = Parameter(shape=(hidden,), dtype="float32")
         self.mlp = Module()
         self.mlp.fc = rows(inner, spec.mlp_bias)
@@ -127,6 +132,11 @@ class NGPTForCausalLM(PretrainedModel):
         plugins = default_net().plugin_config
         if not plugins.gpt_attention_plugin:
             raise UnsupportedError("gpt_attention_plugin", expected="enabled", found="disabled")
+        if plugins.use_fp8_context_fmha:
+            raise UnsupportedError(
+                "use_fp8_context_fmha", expected="disabled", found="enabled",
+                remedy="disable it; with an fp8 cache and fp8 weights disable use_paged_context_fmha too, which turns it on",
+            )  # fmt: skip
         inputs = Inputs(
             input_ids, position_ids, hidden_states, last_token_ids, use_cache, kv_cache_params, attention_params,
             packed=bool(plugins.remove_input_padding), paged=bool(plugins.paged_kv_cache),

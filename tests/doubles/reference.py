@@ -88,6 +88,12 @@ class Reference:
             q = q[:, :, [1, 0, *range(2, spec.num_heads)]]
         group = spec.num_heads // spec.num_kv_heads
         k, v = (np.repeat(x, group, axis=2) for x in (k, v))
+        out = self.attend(layer, q, k, v, mask)
+        return self.linear(name + "o", out.reshape(batch, length, -1))
+
+    def attend(self, layer, q, k, v, mask):
+        """q, k, v [B, T, H, D] to [B, T, H, D]."""
+        spec, length = self.spec, q.shape[1]
         scale = spec.head_dim ** (-0.5 if "inverse_scale" in self.faults else 0.5)
         scores = np.einsum("bqhd,bkhd->bhqk", q, k) * scale
         allowed = np.tril(np.ones((length, length), bool))[None, None] & mask[:, None, None, :]
@@ -95,7 +101,7 @@ class Reference:
         scores = np.where(allowed, scores, -np.inf)
         p = np.exp(scores - scores.max(-1, keepdims=True))
         p /= p.sum(-1, keepdims=True)
-        return self.linear(name + "o", np.einsum("bhqk,bkhd->bqhd", p, v).reshape(batch, length, -1))
+        return np.einsum("bhqk,bkhd->bqhd", p, v)
 
     def mlp(self, layer, h):
         name = f"layers.{layer}.mlp."

@@ -43,6 +43,9 @@ def main():
         model_cls = getattr(module, args.model_cls_name)
         config = PretrainedConfig.from_json_file(args.checkpoint_dir / "config.json")
         assert args.gpt_attention_plugin == config.dtype
+        assert (
+            config.kv_dtype != "fp8" or args.use_paged_context_fmha == "disable"
+        )  # builder.py would change it, or turn FP8 FMHA on
         for rank in range(config.mapping.world_size):
             model = model_cls.from_checkpoint(args.checkpoint_dir, rank, copy.deepcopy(config))
             print(f"rank {rank}: {sum(1 for _ in model.named_parameters())} parameters", flush=True)

@@ -6,7 +6,7 @@ import pytest
 
 from engines.device import Device, parse, target_for
 from engines.sizing import cache_bytes_per_token, check_fits, footprint, weight_bytes
-from engines.target import load_target, target_names
+from engines.target import load_target, target_names, with_kv_cache
 from ngpt.errors import TargetError
 from ngpt.spec import NGPTSpec
 
@@ -18,6 +18,14 @@ def test_the_8b_model_is_as_large_as_its_tensors():
     assert weight_bytes(SPEC_8B, "bf16") == 2 * (32 * layer + 2 * 131072 * 4096) == 16_106_127_360
     assert cache_bytes_per_token(SPEC_8B, "fp16") == 131_072
     assert weight_bytes(SPEC_8B, "int4") < weight_bytes(SPEC_8B, "int8") < weight_bytes(SPEC_8B, "fp16")
+
+
+def test_an_fp8_cache_takes_a_byte_an_element():
+    assert cache_bytes_per_token(SPEC_8B, "bf16", "fp8") == 65_536
+    target = load_target("h100-trtllm")
+    plain, narrow = footprint(SPEC_8B, target), footprint(SPEC_8B, with_kv_cache(target, "fp8"))
+    assert plain.cache_row == 2 * narrow.cache_row and plain.weights == narrow.weights
+    assert abs(narrow.rows - 2 * plain.rows) <= 1
 
 
 def test_a_card_that_cannot_hold_the_model_is_refused_with_the_arithmetic():

@@ -1,5 +1,6 @@
 """`build --target *-trtllm`: converted and explained where trtllm-build is missing, built and described where a stand-in plays it."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 
 from engines.build import build_engine
 from engines.runtime.manifest import read_manifest, verify_files
-from engines.target import load_target, target_names
+from engines.target import Profile, load_target, target_names, with_kv_cache
 from engines.trtllm import build_arguments
 from export.trtllm.parallel import Parallel
 from ngpt.checkpoint import open_checkpoint
@@ -46,6 +47,51 @@ def test_every_precision_makes_options_that_trtllm_build_has(name, tmp_path):
             options = trtllm_build.parser().parse_args([*folders, *arguments])
             assert options.max_num_tokens >= options.max_seq_len or options.use_paged_context_fmha == "enable"
             assert options.use_fp8_context_fmha == "disable" and options.kv_cache_type == "paged"
+
+
+def test_an_fp8_cache_goes_without_paged_context_attention():
+    """Then a prompt is one step, so a step takes the longest."""
+    with open_checkpoint(TINY) as checkpoint:
+        for precision in ("bf16", "fp8"):
+            target = with_kv_cache(load_target("h100-trtllm", precision), "fp8")
+            target = dataclasses.replace(target, profile=Profile(prefill_tokens=16, decode_batch=4))
+            folders = ["--checkpoint_dir", "a", "--output_dir", "b", "--model_cls_file", "c"]
+            options = trtllm_build.parser().parse_args([*folders, *build_arguments(checkpoint.spec, target, Parallel(2))])
+            assert (options.context_fmha, options.use_paged_context_fmha) == ("enable", "disable")
+            assert options.use_fp8_context_fmha == "disable" and options.max_num_tokens == checkpoint.spec.max_length
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_an_engine_with_an_fp8_cache_is_built_and_described(precision, tmp_path, program, capsys):
+    command = ["build", "--checkpoint", str(TINY), "--target", "h100-trtllm", "--tp", "2", "--kv-cache", "fp8"]
+    command += ["--precision", precision, "--output", str(tmp_path / "engine")]
+    assert main([*command, "--dry-run"]) == 0
+    assert "cache float8_e4m3" in capsys.readouterr().out and not (tmp_path / "engine").exists()
+    assert main(command) == 0
+    manifest = read_manifest(tmp_path / "engine")
+    assert manifest.model.cache_dtype == "float8_e4m3" and manifest.flags["kv_cache"] == "fp8"
+    config = json.loads((tmp_path / "engine" / "checkpoint" / "config.json").read_text())
+    assert config["quantization"]["kv_cache_quant_algo"] == "FP8"
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "named"),
+    [("a100-trtllm", "bf16", "8.9 or higher, found a100-trtllm, 8.0"), ("h100-trtllm", "fp32", "found fp32"),
+     ("h100", "fp16", "a TensorRT-LLM target"), ("cpu-int8", None, "a TensorRT-LLM target")],
+)  # fmt: skip
+def test_an_fp8_cache_is_refused_where_it_cannot_be(target, precision, named, tmp_path, capsys):
+    command = ["build", "--checkpoint", str(TINY), "--target", target, "--kv-cache", "fp8", "--output", str(tmp_path / "engine")]
+    command += ["--precision", precision] if precision else []
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "--kv-cache fp8" in error and named in error and not list(tmp_path.iterdir())
+
+
+def test_only_two_types_of_cache_are_known():
+    with pytest.raises(TargetError, match="int8"):
+        with_kv_cache(load_target("h100-trtllm"), "int8")
+    for name in ("l40s-trtllm", "b200-trtllm"):
+        assert with_kv_cache(load_target(name), "fp8").kv_cache == "fp8"
 
 
 def test_without_trtllm_build_the_checkpoint_and_the_commands_are_left(tmp_path, capsys, monkeypatch):

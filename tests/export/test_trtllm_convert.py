@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from export.trtllm.convert import convert
+from export.trtllm.fp8 import cache_scale
 from export.trtllm.layout import rank_layout
 from export.trtllm.parallel import Parallel
 from export.trtllm.rank_file import RankFile
@@ -96,6 +97,27 @@ def test_the_files_are_well_formed_and_typed(precision, tmp_path):
         assert torch.equal(*scales)
         q = plain["layers.0.attn.q.weight"][32:]
         assert float((wide[:32] - q).abs().max()) <= float(q.abs().max()) * 2**-4
+
+
+def test_an_fp8_cache_adds_one_scale_a_layer_the_same_on_every_rank(tmp_path):
+    """Case llama3-rope-bias, whose values' bounds exceed 1; stage 0 of two holds layers 0 and 1."""
+    (tmp_path / "auto").mkdir()
+    with open_checkpoint(GOLDEN / "llama3-rope-bias") as checkpoint:
+        weights = DeployedWeights(Weights(checkpoint))
+        convert(weights, tmp_path, Parallel(2, 2), "bf16", kv_cache="fp8")
+        convert(weights, tmp_path / "auto", Parallel(2, 2), "bf16")
+        scales = [cache_scale(weights, layer) for layer in range(3)]
+    assert json.loads((tmp_path / "config.json").read_text())["quantization"] == {
+        "quant_algo": None,
+        "kv_cache_quant_algo": "FP8",
+    }
+    name = "transformer.layers.{}.attention.kv_cache_scaling_factor"
+    assert len(set(scales)) == 3
+    for rank, layers in enumerate(([0, 1], [0, 1], [2], [2])):
+        got, plain = (load_file(folder / f"rank{rank}.safetensors") for folder in (tmp_path, tmp_path / "auto"))
+        for local, layer in enumerate(layers):
+            assert torch.equal(got.pop(name.format(local)), torch.tensor([scales[layer]]))
+        assert got.keys() == plain.keys() and all(torch.equal(got[key], plain[key]) for key in got)
 
 
 def test_conversion_holds_one_tensor_at_a_time(tmp_path):

@@ -20,11 +20,11 @@ MAX_LEN = 64
 ONE = Parallel()
 
 
-def converted(checkpoint, folder, parallel=ONE, precision="fp32", kernels=None):
+def converted(checkpoint, folder, parallel=ONE, precision="fp32", kernels=None, kv_cache="auto"):
     """The checkpoint in TensorRT-LLM's format, in an existing folder."""
     with open_checkpoint(checkpoint) as opened:
         weights = DeployedWeights(Weights(opened), half_precision=precision in ("fp16", "int8", "fp8", "int4"))
-        convert(weights, folder, parallel, precision, kernels=kernels)
+        convert(weights, folder, parallel, precision, kernels=kernels, kv_cache=kv_cache)
     return folder
 
 
@@ -56,7 +56,7 @@ class Engine:
             shape = (blocks, layers, 2, heads, BLOCK, config.head_size)
         else:
             shape = (layers, self.slots, 2, heads, MAX_LEN, config.head_size)
-        return torch.full(shape, 7.0, dtype=DTYPES[config.dtype])  # what nobody has written must not matter
+        return torch.full(shape, 7.0, dtype=DTYPES[config.kv_dtype])  # what nobody has written must not matter
 
     def step(self, requests):
         """requests: (slot, token ids, whether it is a context request), context first -> logits float32 of each, [tokens, V]."""
@@ -109,7 +109,10 @@ class Engine:
             feeds["host_kv_cache_pool_mapping"] = torch.tensor([[0, i] for i in range(len(numbers))], dtype=torch.int32)
         else:
             feeds |= {f"past_key_value_{layer}": cache[i] for i, layer in enumerate(numbers)}
-        net = Network(mapping, config.dtype, feeds, packed=self.packed, paged=self.packed, max_len=MAX_LEN, pools={123: cache})
+        net = Network(
+            mapping, config.dtype, feeds, packed=self.packed, paged=self.packed, max_len=MAX_LEN, pools={123: cache},
+            paged_context=self.packed and config.kv_dtype != "fp8",
+        )  # fmt: skip
         use(net)
         inputs = model.prepare_inputs(
             max_batch_size=8, max_input_len=MAX_LEN, max_seq_len=MAX_LEN, max_num_tokens=256, use_cache=True,

@@ -4,14 +4,20 @@ softmax(q k^T / (q_scaling * sqrt(D)), causal) v in float32 over a paged or a co
 generation requests; a context request brings `context_lengths` tokens, a generation request one, and after the step its cache holds
 `sequence_length` keys (cpp/tensorrt_llm/batch_manager/runtimeBuffers.cpp, `setFromInputs`). Padded: every row brings S tokens, of which
 the first `context_lengths` are real in context; what the kernel leaves at the others is undefined, here NaN.
+
+A context request reads the cache with paged context FMHA alone, and else its own unrounded keys and values (input layouts Q_PAGED_KV and
+PACKED_QKV; cpp/tensorrt_llm/common/attentionOp.cpp as stored, no commit known). An fp8 cache holds
+clamp(x * kv_orig_quant_scale) in e4m3, which generation reads back times kv_quant_orig_scale, the step's own token included (an
+assumption: the generation kernels were not read).
 """
 
 import torch
 
 from tests.doubles.tensorrt_llm_double.tensor import made
-from tests.doubles.tensorrt_llm_double.world import default_net
+from tests.doubles.tensorrt_llm_double.world import QuantMode, default_net
 
 CONTEXT, GENERATION = 0, 1
+_PLAIN = QuantMode(0)
 
 
 def gpt_attention(
@@ -44,6 +50,9 @@ def gpt_attention(
     host_runtime_perf_knobs=None,
     host_context_progress=None,
     num_kv_heads_origin=-1,
+    kv_orig_quant_scale=None,
+    kv_quant_orig_scale=None,
+    kv_cache_quant_mode=_PLAIN,
 ):
     """The arguments that the project passes (the source has 70, with the same names and defaults)."""
     net = default_net()
@@ -63,6 +72,12 @@ def gpt_attention(
     assert not packed or host_context_lengths is not None
     assert qkv.ndim() == (2 if packed else 3)
     q, k, v = (part.float() for part in torch.split(qkv.data, [num_heads * d, num_kv_heads * d, num_kv_heads * d], -1))
+    scales = None
+    if kv_cache_quant_mode.has_fp8_kv_cache():
+        assert not config.use_paged_context_fmha, "FP8 Paged Context FMHA is disabled because FP8 context FMHA is disabled"
+        for scale in (kv_orig_quant_scale, kv_quant_orig_scale):
+            assert scale.dtype == "float32" and scale.shape == (1,)
+        scales = float(kv_orig_quant_scale.data), float(kv_quant_orig_scale.data)
     if config.paged_kv_cache:
         cache = _Pages(net, layer_idx, kv_cache_block_offsets, host_kv_cache_block_offsets, host_kv_cache_pool_pointers,
                        host_kv_cache_pool_mapping)  # fmt: skip
@@ -79,8 +94,14 @@ def gpt_attention(
         # What the C++ runtime sets: the keys after the step for context, before it for generation.
         assert int(host_past_key_value_lengths.data[row]) == (total if kind == CONTEXT else past)
         assert past >= 0
-        cache.append(row, past, k[where].view(new, num_kv_heads, d), v[where].view(new, num_kv_heads, d), qkv.data.dtype)
-        keys, values = cache.read(row, total)
+        new_keys, new_values = (x[where].view(new, num_kv_heads, d) for x in (k, v))
+        kept = [x if scales is None else (x * scales[0]).clamp(-448, 448) for x in (new_keys, new_values)]
+        cache.append(row, past, *kept, qkv.data.dtype if scales is None else torch.float8_e4m3fn)
+        if kind == CONTEXT and not config.use_paged_context_fmha:
+            assert past == 0, "chunks of a prompt need paged context FMHA"
+            keys, values = new_keys, new_values
+        else:
+            keys, values = (x if scales is None else (x * scales[1]).to(qkv.data.dtype).float() for x in cache.read(row, total))
         out[where] = _attend(q[where].view(new, num_heads, d), keys, values, past, q_scaling).reshape(new, -1)
     assert not packed or at == qkv.shape[0], "tokens that belong to no request"
     return made(out.to(qkv.data.dtype)), None if config.paged_kv_cache else past_key_value

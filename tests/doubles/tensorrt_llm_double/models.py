@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tests.doubles.tensorrt_llm_double import layers
 from tests.doubles.tensorrt_llm_double.tensor import Tensor
-from tests.doubles.tensorrt_llm_double.world import default_net
+from tests.doubles.tensorrt_llm_double.world import QuantMode, default_net
 
 MODEL_MAP = {}
 EXCLUDED = ["*lm_head", "*router", "*vocab_embedding", "*position_embedding", "*block_embedding", "*shared_expert_gate"]
@@ -33,7 +33,9 @@ class PretrainedConfig:
         self.mapping = layers.Mapping(**mapping)
         self.quant_algo = quantization["quant_algo"]
         assert set(quantization) <= {"quant_algo", "kv_cache_quant_algo", "group_size", "exclude_modules"}
-        self.kv_dtype = dtype
+        fp8_cache, fp8 = (quantization[name] == "FP8" for name in ("kv_cache_quant_algo", "quant_algo"))
+        self.quant_mode = (QuantMode.FP8_KV_CACHE if fp8_cache else QuantMode(0)) | (QuantMode.FP8_QDQ if fp8 else QuantMode(0))
+        self.kv_dtype = "fp8" if self.quant_mode.has_fp8_kv_cache() else dtype
 
     @classmethod
     def from_dict(cls, config):
@@ -165,9 +167,12 @@ def _quantize(model, algorithm):
 
 
 def _preprocess(weights, algorithm):
-    """`preprocess_weights` -> `weight_only_quantize_dict` (models/convert_utils.py, commit 03961722), with codes left in order."""
+    """`preprocess_weights` (`process_kv_scaling_factor`: the reciprocal of a cache's scale) -> `weight_only_quantize_dict`
+    (models/convert_utils.py, commit 03961722), with codes left in order."""
     bits = {"W8A16": 8, "W4A16": 4}.get(algorithm)
     for name in list(weights):
+        if name.endswith(".kv_cache_scaling_factor"):
+            weights[name.replace("kv_cache_scaling", "kv_cache_rcp_scaling")] = torch.reciprocal(weights[name])
         if bits and any(part in name for part in ("qkv.weight", "dense.weight", "fc.weight", "proj.weight", "gate.weight")):
             codes, scale = layers.weight_only_codes(weights[name], bits)
             weights[name], weights[name.replace(".weight", ".per_channel_scale")] = codes, scale

@@ -4,6 +4,7 @@
 its inputs, its outputs, and a record of collectives that tests may read.
 """
 
+import enum
 import threading
 from types import SimpleNamespace
 
@@ -16,14 +17,25 @@ DTYPES = {
 _here = threading.local()
 
 
+class QuantMode(enum.IntFlag):
+    """tensorrt_llm/quantization/mode.py (commit 03bcfcd1), the flags in use here."""
+
+    FP8_KV_CACHE = 1 << 7
+    FP8_QDQ = 1 << 8
+
+    def has_fp8_kv_cache(self):
+        return bool(self & QuantMode.FP8_KV_CACHE)
+
+
 class Network:
     """One rank's network during one step. `feeds`: input name -> torch tensor."""
 
-    def __init__(self, mapping, dtype, feeds, *, packed, paged, max_len, pools=None):
+    def __init__(self, mapping, dtype, feeds, *, packed, paged, max_len, pools=None, paged_context=None):
         self.mapping, self.feeds, self.max_len, self.pools = mapping, feeds, max_len, pools
         self.plugin_config = SimpleNamespace(
             gpt_attention_plugin=dtype, gemm_plugin=dtype, nccl_plugin=dtype if mapping.world_size > 1 else None,
-            remove_input_padding=packed, paged_kv_cache=paged, tokens_per_block=4, use_paged_context_fmha=packed,
+            remove_input_padding=packed, paged_kv_cache=paged, tokens_per_block=4, use_fp8_context_fmha=False,
+            use_paged_context_fmha=packed if paged_context is None else paged_context,
         )  # fmt: skip
         self.outputs, self.inputs, self.collectives = {}, {}, []
         self.num_layers = 0
