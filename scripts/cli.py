@@ -61,16 +61,15 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--no-verify", action="store_true", help="skip parity; the packager will then refuse the engine")
     build.add_argument("--tp", type=int, default=1, help="cards a layer is divided among (TensorRT-LLM targets)")
     build.add_argument("--pp", type=int, default=1, help="cards the layers are divided among (TensorRT-LLM targets)")
-    build.add_argument(
-        "--kv-cache", choices=["auto", "fp8"], default="auto",
-        help="type of cached keys and values; auto: the arithmetic's own (fp8: TensorRT-LLM targets)",
-    )  # fmt: skip
+    cache = "type of cached keys and values; auto: the arithmetic's own (fp8: TensorRT-LLM targets)"
+    build.add_argument("--kv-cache", choices=["auto", "fp8"], default="auto", help=cache)
     build.add_argument("--dry-run", action="store_true", help="say what would be done and write nothing (TensorRT-LLM targets)")
 
     plan = command("plan", _plan, "Compute the GPUs, memory and highest decode rate of a model under a load, before building.")
     plan.add_argument("--checkpoint", help="Hugging Face directory, ckpt.pt, or a config.json alone; the 8B model if not given")
     plan.add_argument("--target", default="h100", help="one with a GPU: " + ", ".join(_gpu_targets()))
     plan.add_argument("--precision", help="another one that the target offers")
+    plan.add_argument("--kv-cache", choices=["auto", "fp8"], default="auto", help=cache)
     plan.add_argument("--concurrency", type=_positive, default=1, help="sequences at once")
     plan.add_argument("--context", type=_positive, help="tokens of each, prompt included; the model's maximum if not given")
     plan.add_argument("--tp", type=_positive, help="tensor-parallel degree; the smallest that fits if not given")
@@ -221,7 +220,7 @@ def _plan(args: argparse.Namespace) -> int:
     from engines.capacity import plan_capacity, read_spec
 
     spec = read_spec(args.checkpoint)
-    target = load_target(args.target, args.precision)
+    target = with_kv_cache(load_target(args.target, args.precision), args.kv_cache)
     found = plan_capacity(spec, target, args.concurrency, args.context or spec.max_length, args.tp)
     print(json.dumps(found.to_dict(), indent=2) if args.json else found.table())
     return 0

@@ -21,7 +21,7 @@ def test_the_8b_model_is_as_large_as_its_tensors():
 
 
 def test_an_fp8_cache_takes_a_byte_an_element():
-    assert cache_bytes_per_token(SPEC_8B, "bf16", "fp8") == 65_536
+    assert cache_bytes_per_token(SPEC_8B, "bf16", kv_cache="fp8") == 65_536
     target = load_target("h100-trtllm")
     plain, narrow = footprint(SPEC_8B, target), footprint(SPEC_8B, with_kv_cache(target, "fp8"))
     assert plain.cache_row == 2 * narrow.cache_row and plain.weights == narrow.weights
