@@ -64,11 +64,14 @@ def test_the_kernels_compute_golden_logits_inside_the_network(case, precision, p
         for name, net in (("fused", fused), ("native", native)):
             got = [net.run(golden.ids[row][real])["logits"] - golden.logits[row][real] for row, real in enumerate(golden.real)]
             errors[name] = np.concatenate(got)
-        spec = fused.spec
+        spec, mlp_eps = fused.spec, fused.weights.mlp_eps
     if precision == "fp32":
         assert np.abs(errors["fused"]).max() <= 2e-5
     # In half precision both forms round the same tensors; neither may be more than half again as far from the truth.
     assert np.sqrt(np.mean(errors["fused"] ** 2)) <= 1.5 * np.sqrt(np.mean(errors["native"] ** 2)) + 1e-6
+    # Too small to show in the logits of these cases: that each update got its own eps is looked up.
+    found = [kernel.eps for kernel, _ in layers.kernels if isinstance(kernel, HypersphereUpdate)]
+    assert found == [0.0, mlp_eps] * spec.num_layers
     kinds = [type(kernel) for kernel, _ in layers.kernels]
     assert kinds.count(HypersphereUpdate) == 2 * spec.num_layers
     assert kinds.count(QKNorm) == (spec.num_layers if spec.position == "rope" else 0)
