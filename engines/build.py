@@ -19,6 +19,7 @@ from engines.folder import atomic_folder
 from engines.genai import genai_config
 from engines.onnx_graph import export_graph, tap_function
 from engines.plan import build_plan
+from engines.runtime.errors import ServingError
 from engines.sizing import check_fits
 from engines.target import AUTO, DEFAULT, Profile, Target, load_target, with_kv_cache
 from export.lowerings.tensorrt_layers import ARITHMETIC
@@ -86,7 +87,14 @@ def build_engine(
             finish(work, manifest)
             if verify and runs_here(chosen):
                 report("verifying against PyTorch", 0.75)
-                manifest["parity"] = verify_folder(work, opened)
+                try:
+                    manifest["parity"] = verify_folder(work, opened)
+                except ServingError as error:
+                    if chosen.on_onnx:
+                        raise
+                    # Minutes of building are not thrown away because the card is busy or a driver is old: the engine says that it is
+                    # unverified and why, and the packager refuses it.
+                    manifest["target"]["note"] = f"could not be run here: {error}"
                 finish(work, manifest)
             report("done", 1.0)
     return folder
@@ -138,12 +146,13 @@ def verify_folder(folder: Path, checkpoint: Checkpoint, *, decode_steps: int = 6
     """Parity of the engine in `folder` with its checkpoint: writes parity.json and parity.html to `report` (default: the
     engine's folder) and returns the summary with the verdict."""
     from engines.parity.verify import PARITY_SLOTS, verify
+    from engines.runtime.compatibility import slots_for
     from engines.runtime.engine import open_runner
     from engines.runtime.manifest import read_manifest
 
     manifest = read_manifest(folder)
     target = load_target(manifest.target.name, manifest.target.precision)
-    runner = open_runner(folder, manifest, PARITY_SLOTS)
+    runner = open_runner(folder, manifest, slots_for(manifest, PARITY_SLOTS))
     try:
         with tempfile.TemporaryDirectory() as scratch:
             result = verify(
@@ -237,6 +246,7 @@ def code_digest() -> str:
         [
             *root.glob("ngpt/**/*.py"),
             *root.glob("export/**/*.py"),
+            *root.glob("export/plugins/*.cu*"),
             *(root / "engines" / name for name in ("build.py", "onnx_graph.py", "plan.py", "trtllm.py")),
         ]
     ):

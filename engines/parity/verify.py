@@ -308,9 +308,11 @@ def _runner_of(engine: Any) -> tuple[Runner, Any, str, str, str]:
     """(runner, what to close afterwards or None, name, precision, runtime) of whatever was passed as an engine."""
     owned = None
     if isinstance(engine, str | os.PathLike):
+        from engines.runtime.compatibility import slots_for
         from engines.runtime.engine import load_engine
+        from engines.runtime.manifest import read_manifest
 
-        owned = engine = load_engine(Path(engine), num_slots=PARITY_SLOTS)
+        owned = engine = load_engine(Path(engine), num_slots=slots_for(read_manifest(Path(engine)), PARITY_SLOTS))
     manifest = getattr(engine, "manifest", None)
     runner: Any = engine
     for holder in (engine, getattr(engine, "scheduler", None)):

@@ -74,6 +74,11 @@ def check_slots(manifest: Manifest, num_slots: int) -> None:
         )  # fmt: skip
 
 
+def slots_for(manifest: Manifest, wanted: int) -> int:
+    """`wanted` slots, or as many as the engine was built for where those are fewer."""
+    return min(wanted, flag(manifest, "decode_batch")) if manifest.target.runtime in EXTRAS else wanted
+
+
 def flag(manifest: Manifest, name: str) -> int:
     """A whole number of manifest.flags. Raises EngineFileError unless it is one of at least 1."""
     value = manifest.flags.get(name)

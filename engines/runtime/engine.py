@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from .compatibility import slots_for
 from .errors import ClosedError, EngineFileError, MissingRuntimeError, RequestError
 from .manifest import Manifest, read_manifest
 from .manifest import verify_files as check_files
@@ -21,6 +22,7 @@ from .sampling import SamplingParams
 from .scheduler import Scheduler
 from .text import TOKENIZER_NAME, TextStream, Tokenizer
 
+_USUAL_SLOTS = 8
 # manifest.target.runtime -> (module of this package, class, library it needs)
 _RUNNERS = {
     "onnxruntime": (".onnx_runner", "OnnxRunner", "onnxruntime"),
@@ -190,20 +192,23 @@ class Engine:
         self.scheduler.start()
 
 
-def load_engine(path: str | Path, *, num_slots: int = 8, threads: int | None = None, verify_files: bool = True) -> Engine:
-    """Loads an engine folder for `num_slots` sequences at a time.
+def load_engine(
+    path: str | Path, *, num_slots: int | None = None, threads: int | None = None, verify_files: bool = True
+) -> Engine:
+    """Loads an engine folder for `num_slots` sequences at a time: 8 unless given, or fewer if it was built for fewer.
 
     threads: CPU threads of the runtime, None for its default. verify_files: compare every file's SHA-256 first
     (without it, its size alone). Raises EngineFileError, MissingRuntimeError, RunnerError, RequestError (num_slots, threads).
     """
-    for name, value in (("num_slots", num_slots), ("threads", 1 if threads is None else threads)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    for name, value in (("num_slots", num_slots), ("threads", threads)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise RequestError(name, expected="an integer of at least 1", found=repr(value))
     folder = Path(path)
     manifest = read_manifest(folder)
     check_files(folder, manifest, digests=verify_files)
     tokenizer = Tokenizer.load(folder) if (folder / TOKENIZER_NAME).exists() else None
-    return Engine(open_runner(folder, manifest, num_slots, threads), manifest, tokenizer)
+    slots = slots_for(manifest, _USUAL_SLOTS) if num_slots is None else num_slots
+    return Engine(open_runner(folder, manifest, slots, threads), manifest, tokenizer)
 
 
 def open_runner(folder: Path, manifest: Manifest, num_slots: int, threads: int | None = None) -> Runner:

@@ -24,7 +24,6 @@ class Spool:
     def __init__(self, folder: Path | None = None) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (closed by close())
         self._kept: list[NDArray[Any]] = []
-        self.nbytes = 0
 
     def add(self, array: NDArray[Any]) -> NDArray[Any]:
         """The same values at an address that stays valid until close(); read-only where they went to the file."""
@@ -36,7 +35,6 @@ class Spool:
             raw = np.memmap(self._file, np.uint8, "r", start, (array.nbytes,))
             array = raw.view(array.dtype).reshape(array.shape)
         self._kept.append(array)
-        self.nbytes += array.nbytes
         return array
 
     def close(self) -> None:

@@ -4,6 +4,8 @@ The double (tests/doubles/cuda_double.py) executes the network that TensorRT-RTX
 on the memory that the runner bound. What it cannot show is that the plan, which only a GPU can open, is that network.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -75,3 +77,38 @@ def test_verify_fails_an_engine_of_another_precision(built, tmp_path, monkeypatc
     with open_checkpoint(GOLDEN / "gqa") as checkpoint:
         summary = verify_folder(folder, checkpoint, decode_steps=8, report=tmp_path / "report")
     assert summary["verdict"] == "fail" and summary["failed_checks"]
+
+
+def test_an_engine_for_one_sequence_is_verified_and_loaded_with_one_slot(built, tmp_path, monkeypatch):
+    """On a card whose memory holds one sequence: nobody has to know to ask for fewer slots than usual."""
+    monkeypatch.setattr("engines.build.check_fits", lambda spec, target: SimpleNamespace(rows=1))
+    folder = built("gqa", "fp32")
+    with open_checkpoint(GOLDEN / "gqa") as checkpoint:
+        summary = verify_folder(folder, checkpoint, decode_steps=4, report=tmp_path / "report")
+    assert summary["verdict"] == "pass"
+    with load_engine(folder) as engine:
+        assert engine.runner.num_slots == read_manifest(folder).flags["decode_batch"] == 1
+
+
+def test_an_engine_that_cannot_be_run_here_is_kept_and_says_so(tmp_path, monkeypatch):
+    """The real libraries on a machine without a driver that is taken for one with the right card."""
+    monkeypatch.setattr("engines.build.runs_here", lambda target: True)
+    folder = build_engine(GOLDEN / "gqa", "rtx-5090", tmp_path / "engine")
+    manifest = read_manifest(folder)
+    assert manifest.parity is None and manifest.target.note.startswith("could not be run here: ")
+    assert (folder / "model.engine").stat().st_size > 100_000
+
+
+def test_the_code_digest_covers_the_kernels(tmp_path, monkeypatch):
+    import engines.build
+
+    for name in ("build", "onnx_graph", "plan", "trtllm"):
+        (tmp_path / "engines").mkdir(exist_ok=True)
+        (tmp_path / "engines" / f"{name}.py").touch()
+    kernel = tmp_path / "export" / "plugins" / "kernel.cu"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text("one")
+    monkeypatch.setattr(engines.build, "__file__", str(tmp_path / "engines" / "build.py"))
+    before = engines.build.code_digest()
+    kernel.write_text("two")
+    assert engines.build.code_digest() != before
