@@ -248,6 +248,15 @@ def test_inspect_tells_whether_an_engine_would_load_on_a_card(capsys, rtx_engine
     assert got == code and told in out and "tensorrt_rtx" in out and "compute capability 12.0" in out
 
 
+def test_inspect_counts_memory(capsys, rtx_engine, monkeypatch):
+    from engines.device import Device
+
+    for size, code in ((1 << 20, 2), (1 << 33, 0)):
+        monkeypatch.setattr("engines.device.detect", lambda size=size: Device("a card", "12.0", size))
+        got, out, _ = run(capsys, "inspect", rtx_engine, "--on", "here")
+        assert got == code and ("does not fit the device's memory" in out) == (code == 2)
+
+
 @pytest.mark.parametrize("card, told", [("cpu-int8", "has no GPU"), ("gtx", "unknown target 'gtx'")])
 def test_inspect_refuses_what_is_not_a_card(capsys, rtx_engine, card, told):
     code, _, err = run(capsys, "inspect", rtx_engine, "--on", card)

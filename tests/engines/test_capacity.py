@@ -36,6 +36,13 @@ def test_a_plan_for_one_gpu_agrees_with_the_builders_footprint():
     assert found.most_sequences == builder.rows
 
 
+def test_an_fp8_cache_is_half_as_large(capsys):
+    plain = plan_capacity(SPEC_8B, load_target("h100-trtllm"), 16, 8192)
+    assert main(["plan", "--target", "h100-trtllm", "--kv-cache", "fp8", "--concurrency", "16", "--json"]) == 0
+    narrow = json.loads(capsys.readouterr().out)
+    assert 2 * narrow["cache"] == plain.cache and narrow["weights"] == plain.weights
+
+
 @pytest.mark.parametrize("precision", H100.precisions)
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_ranks_together_hold_the_model_once(precision, ranks):

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from engines.device import Device, parse, target_for
+from engines.device import Device, parse, place, target_for
 from engines.sizing import cache_bytes_per_token, check_fits, footprint, weight_bytes
 from engines.target import load_target, target_names, with_kv_cache
 from ngpt.errors import TargetError
@@ -79,3 +79,8 @@ def test_auto_picks_the_cards_own_target(card, capability, target):
 def test_a_card_without_a_target_is_told_which_there_are():
     with pytest.raises(TargetError, match=r"7\.0.*h100 \(9\.0\)"):
         target_for(Device("Tesla V100", "7.0", 0))
+
+
+def test_a_named_card_is_as_large_as_its_target_says():
+    assert place("rtx-4090") == Device("rtx-4090", "8.9", 24_000_000_000)
+    assert place("8.6") == Device("compute capability 8.6", "8.6", 0)  # whose memory nobody knows

@@ -151,6 +151,11 @@ def test_layers_and_tensors_carry_the_traces_names(library):
         kinds = [network.get_layer(i).type for i in range(network.num_layers)]
         assert kinds.count(trt.LayerType.KV_CACHE_UPDATE) == 6 and kinds.count(trt.LayerType.ATTENTION_INPUT) == 3
         assert kinds.count(trt.LayerType.MATRIX_MULTIPLY) == 3 * 4 + 1
+        attention = next(
+            layer for i in range(network.num_layers) if (layer := network.get_layer(i)).type.name == "ATTENTION_INPUT"
+        )
+        # Every key beyond them is masked as well, so that logits cannot show whether the kernel may skip it.
+        assert [attention.get_input(i).name for i in (1, 2, 3, 6)] == ["present.0.key", "present.0.value", "mask", "lengths"]
         logits = network.get_output(0)
         assert logits.name == "logits" and tuple(logits.shape) == (-1, 256) and logits.dtype == trt.DataType.FLOAT
 
