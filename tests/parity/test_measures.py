@@ -1,10 +1,12 @@
 """The measures behind the gate, against values known in closed form."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from engines.parity.compare import angle, distance
 from engines.parity.quantized import Quantization, WeightAudit, audit_weight, round_to_int8
+from engines.parity.scheme import scheme
 from engines.parity.svg import Line, chart
 from engines.parity.trace import Trace
 
@@ -74,3 +76,15 @@ def test_chart_survives_empty_zero_and_nan_values():
     for values in ([], [0.0, 0.0], [float("nan"), 1e-7, float("inf")]):
         svg = chart("<t>", "x", "y", [Line("engine", values, "#000")])
         assert svg.startswith("<svg") and svg.endswith("</svg>") and "<t>" not in svg and "nan" not in svg
+
+
+def test_the_audit_knows_float8s_step():
+    """e4m3 rounds within half a step of its own; e5m2, one bit narrower, passes for a rounding twice as coarse."""
+    _, quantization = scheme("fp8", "tensorrt_rtx", 32)
+    before = np.random.default_rng(0).standard_normal((64, 96)).astype(np.float32)
+    right, coarse = WeightAudit(), WeightAudit()
+    audit_weight(right, "w", before, quantization.quantize_dequantize(before, 8, 0), quantization)
+    unit = np.abs(before).max(axis=1, keepdims=True) / 448
+    audit_weight(coarse, "w", before, (before / unit).astype(ml_dtypes.float8_e5m2).astype(np.float32) * unit, quantization)
+    assert 0.4 < right.worst_step <= 0.51 and 0.25 < right.worst_rms < 0.31  # a little beyond half: the scale itself is float16
+    assert 0.5 < coarse.worst_rms < 0.62
