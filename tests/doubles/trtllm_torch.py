@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
+from tests.doubles.modules import swapped
 from tests.doubles.tensorrt_llm_double.world import rank, world
 
 CLIENTS = ("export.trtllm.modeling_ngpt", "ngpt_trtllm")
@@ -274,15 +275,8 @@ def installed():
     modules = {name: types.ModuleType(name) for name in packages} | {f"{base}.{name}": here for name in names}
     for name in packages:
         modules[name].__path__ = []
-    before = {name: sys.modules.get(name) for name in (*modules, *CLIENTS)}
-    for name in CLIENTS:
-        sys.modules.pop(name, None)
-    sys.modules.update(modules)
     try:
-        yield
+        with swapped(modules, CLIENTS):
+            yield
     finally:
         MODEL_CLASS_MAPPING.clear()
-        for name, old in before.items():
-            sys.modules.pop(name, None)
-            if old is not None:
-                sys.modules[name] = old

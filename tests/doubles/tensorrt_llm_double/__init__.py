@@ -13,6 +13,7 @@ import sys
 import types
 from contextlib import contextmanager
 
+from tests.doubles.modules import swapped
 from tests.doubles.tensorrt_llm_double import functional, layers, models, world
 
 CLIENTS = ("export.trtllm.model", "export.trtllm.model_file")
@@ -39,18 +40,11 @@ def installed():
         "tensorrt_llm.models.modeling_utils": models,
     }
     package.functional = functional
-    before = {name: sys.modules.get(name) for name in (*modules, *CLIENTS)}
-    for name in CLIENTS:
-        sys.modules.pop(name, None)
-    sys.modules.update(modules)
     try:
-        yield
+        with swapped(modules, CLIENTS):
+            yield
     finally:
         models.MODEL_MAP.clear()
-        for name, old in before.items():
-            sys.modules.pop(name, None)
-            if old is not None:
-                sys.modules[name] = old
 
 
 def _module(name, **members):
