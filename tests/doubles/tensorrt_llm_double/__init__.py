@@ -9,7 +9,6 @@ process that meet in their collectives (`world`).
         from export.trtllm.model import NGPTForCausalLM
 """
 
-import sys
 import types
 from contextlib import contextmanager
 
