@@ -22,8 +22,9 @@ from torch import nn
 
 from export.weights import DeployedWeights, position_diagonal, rope_tables
 from ngpt.checkpoint import Checkpoint, TensorInfo
+from ngpt.config_keys import DEFAULTS
 from ngpt.errors import MissingPackageError, UnsupportedError
-from ngpt.spec import DEFAULTS, NGPTSpec
+from ngpt.spec import NGPTSpec
 from ngpt.weights import Weights
 
 try:
