@@ -90,8 +90,8 @@ def research_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if missing:
         raise ConfigError(f"model_args lacks {missing[0]!r}")
     for key in ("use_nGPT", "bias"):
-        if arguments.get(key, False) not in (0, 1):
-            raise ConfigError(f"model_args.{key}", expected="0 or 1", found=shown(arguments[key]))
+        if not isinstance(stated := arguments.get(key, False), int) or stated not in (0, 1):
+            raise ConfigError(f"model_args.{key}", expected="0 or 1", found=shown(stated))
     if not arguments["use_nGPT"]:
         raise ConfigError(
             "this research checkpoint is the baseline GPT, not nGPT: use_nGPT",

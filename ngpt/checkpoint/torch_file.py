@@ -93,16 +93,23 @@ def _check_end(file: BinaryIO, path: Path) -> None:
         raise CorruptFileError(
             f"{path} is truncated", expected="a complete zip archive", remedy="copy or download the file again"
         )
-    directory: int = struct.unpack("<I", end[12:16])[0]
+    length, offset = struct.unpack("<II", end[12:20])
+    trailer = 22
     if tail.startswith(_LOCATOR64):
         file.seek(min(struct.unpack("<Q", tail[8:16])[0], size))
         record = file.read(56)
         if len(record) < 56 or not record.startswith(_END64):
             raise CorruptFileError(f"{path}", expected="a zip64 record where its locator points")
-        directory = max(struct.unpack("<Q", record[40:48])[0], 0 if directory == 0xFFFFFFFF else directory)
-    if directory > _MAX_DIRECTORY_BYTES:
+        narrow, (length, offset), trailer = (length, offset), struct.unpack("<QQ", record[40:56]), 98
+        if any(short not in (0xFFFFFFFF, long) for short, long in zip(narrow, (length, offset), strict=True)):
+            raise CorruptFileError(f"{path}", expected="one place for the archive's list of members", found="two")
+    if offset + length + trailer != size:
+        raise CorruptFileError(
+            f"{path}: the archive's list of members", expected=f"at byte {size - trailer - length}", found=f"at byte {offset}"
+        )
+    if length > _MAX_DIRECTORY_BYTES:
         raise UnsafeFormatError(
-            f"{path}: the archive's list of members", expected=f"at most {_MAX_DIRECTORY_BYTES} bytes", found=f"{directory}"
+            f"{path}: the archive's list of members", expected=f"at most {_MAX_DIRECTORY_BYTES} bytes", found=f"{length}"
         )
     file.seek(0)
 
