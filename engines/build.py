@@ -142,7 +142,9 @@ def arithmetic(precision: str, on_onnx: bool) -> str:
     return {"int8": "fp32", "int4": "fp32"}.get(precision, precision) if on_onnx else ARITHMETIC[precision]
 
 
-def verify_folder(folder: Path, checkpoint: Checkpoint, *, decode_steps: int = 64, report: Path | None = None) -> dict[str, Any]:
+def verify_folder(
+    folder: Path, checkpoint: Checkpoint, *, decode_steps: int | None = None, report: Path | None = None
+) -> dict[str, Any]:
     """Parity of the engine in `folder` with its checkpoint: writes parity.json and parity.html to `report` (default: the
     engine's folder) and returns the summary with the verdict."""
     from engines.parity.verify import PARITY_SLOTS, verify

@@ -78,7 +78,11 @@ def parser() -> argparse.ArgumentParser:
     verify = command("verify", _verify, "Compare an engine with PyTorch on its checkpoint and write the report.")
     verify.add_argument("engine", type=Path)
     verify.add_argument("--checkpoint", required=True)
-    verify.add_argument("--decode-steps", type=_positive, default=64, help="teacher-forced decode steps per prompt")
+    verify.add_argument(
+        "--decode-steps",
+        type=_positive,
+        help="teacher-forced decode steps per prompt; 64, or half the model's length, if not given",
+    )
     verify.add_argument(
         "--report", type=Path, help="folder for parity.json and parity.html; a new one beside the engine if not given"
     )

@@ -298,6 +298,7 @@ class _Tensors:
         self._weights = weights
         self.infos = {name: _info(value) for name, value in weights.items()}
         self.files: tuple[Path, ...] = ()
+        self.places: dict[str, Path] = {}
 
     def get(self, name: str) -> torch.Tensor:
         """On the CPU, in its storage dtype."""

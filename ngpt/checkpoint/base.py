@@ -50,6 +50,10 @@ class Source(Protocol):
     def files(self) -> tuple[Path, ...]:
         """The files that hold tensors."""
 
+    @property
+    def places(self) -> Mapping[str, Path]:
+        """Name to the safetensors file that holds the tensor as `get` gives it; empty where tensors are made on reading."""
+
     def get(self, name: str) -> torch.Tensor:
         """The tensor in its storage dtype."""
 
@@ -94,6 +98,11 @@ class Checkpoint:
     def files(self) -> tuple[Path, ...]:
         """The files that hold tensors."""
         return self._source.files
+
+    @property
+    def places(self) -> Mapping[str, Path]:
+        """Name to the safetensors file that holds the tensor as `get` gives it; empty where tensors are made on reading."""
+        return self._source.places
 
     @property
     def tokenizer_files(self) -> tuple[Path, ...]:

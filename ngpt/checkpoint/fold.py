@@ -52,6 +52,11 @@ class FoldedSource(Source):
         """The original's files."""
         return self._checkpoint.files
 
+    @property
+    def places(self) -> dict[str, Path]:
+        """None: the head is made on reading."""
+        return {}
+
     def get(self, name: str) -> torch.Tensor:
         """The stored tensor, or the head with its rows scaled, folded a block of rows at a time."""
         if name != LM_HEAD:

@@ -124,6 +124,7 @@ class FolderSource:
             raise _no_weights(folder)
         self.infos: dict[str, TensorInfo] = {name: reader.infos[name] for name, reader in self._owner.items()}
         self.files = tuple(reader.path for reader in self._readers)
+        self.places = {name: reader.path for name, reader in self._owner.items()}
 
     def _open_shards(self, folder: Path, weight_map: dict[str, str]) -> list[SafetensorsReader]:
         readers = {}

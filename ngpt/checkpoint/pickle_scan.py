@@ -242,10 +242,12 @@ class _Machine:
 
     def storage(self, key: Any) -> _Storage:
         """The bytes of one member of the archive."""
-        kind, member, items = (key[1], key[2], key[4]) if isinstance(key, tuple) and len(key) == 5 else (None, None, None)
-        known = isinstance(kind, _Name) and kind.path in _STORAGES and key[0] == "storage" and isinstance(key[3], str)
-        if not known or not isinstance(member, str) or not is_whole(items) or items < 0:
-            raise _corrupt(self.where, f"a storage {shown(_shown(key))}")
+        if not isinstance(key, tuple) or len(key) != 5:
+            raise _corrupt(self.where, f"a storage {_shown(key)}")
+        tag, kind, member, location, items = key
+        known = tag == "storage" and isinstance(kind, _Name) and kind.path in _STORAGES
+        if not known or not isinstance(member, str) or not isinstance(location, str) or not is_whole(items) or items < 0:
+            raise _corrupt(self.where, f"a storage {_shown(key)}")
         item_bytes = _STORAGES[kind.path]
         available = self.members.get(f"data/{member}")
         if available is None or items * item_bytes > available:
@@ -265,9 +267,9 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 def _is_key(value: Any) -> bool:
     """Whether hashing it is cheap: tuples hash what they hold, and ints beyond a word can be made to collide."""
-    if is_whole(value):
+    if isinstance(value, int):
         return value.bit_length() < 61
-    return value is None or isinstance(value, bool | float | str | bytes)
+    return value is None or isinstance(value, float | str | bytes)
 
 
 def _tensor(arguments: tuple[Any, ...]) -> _Tensor | None:

@@ -40,6 +40,7 @@ class ResearchSource:
 
     def __init__(self, path: Path) -> None:
         self.files = (path,)
+        self.places: dict[str, Path] = {}
         stored = load_torch_file(path)
         arguments = stored.get("model_args")
         state = stored.get("model")
