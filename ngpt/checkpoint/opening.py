@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from ngpt.checkpoint.base import Checkpoint, OffSphere
-from ngpt.checkpoint.paths import check_content, contained, exists, kind_of, not_there
 from ngpt.checkpoint.research import RESEARCH_FILE, ResearchSource
-from ngpt.checkpoint.safetensors_file import SafetensorsReader, TensorInfo, read_json
+from ngpt.checkpoint.safetensors_file import SafetensorsReader, TensorInfo
 from ngpt.errors import (
     CheckpointError,
     CorruptFileError,
@@ -20,12 +19,12 @@ from ngpt.errors import (
     UnsafeFormatError,
     shown,
 )
+from ngpt.files import MAX_CONFIG_BYTES, check_content, contained, exists, kind_of, not_there, read_json
 from ngpt.spec import NGPTSpec
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_CONFIG_BYTES = 4 << 20
 MAX_SHARDS = 4096
 
 

@@ -8,7 +8,6 @@ header until a tensor is asked for.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import struct
 from dataclasses import dataclass
@@ -18,10 +17,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ngpt.errors import CorruptFileError, UnexpectedTensorError, shown
+from ngpt.errors import CorruptFileError, shown
+from ngpt.files import parse_json
 
 # The format allows 100 MB of header, which is gigabytes of Python objects; the table's largest network needs 8 MB.
-MAX_HEADER_BYTES = MAX_JSON_BYTES = 16 << 20
+MAX_HEADER_BYTES = 16 << 20
 _MAX_AXES = 64
 _ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
@@ -41,45 +41,6 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Bytes on disk."""
         return math.prod(self.shape) * _BITS.get(self.dtype, 0) // 8
-
-
-def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> Any:
-    """Strict JSON: bounded size, UTF-8 (a byte-order mark is passed over), no duplicate keys, no NaN, no number beyond float64.
-
-    Raises `CorruptFileError`.
-    """
-    try:
-        size = path.stat().st_size
-        if size > limit:
-            raise CorruptFileError(f"{path} is too large", expected=f"at most {limit} bytes", found=f"{size} bytes")
-        return parse_json(path.read_bytes(), str(path))
-    except OSError as error:
-        raise CorruptFileError(f"cannot read {path}", found=str(error)) from error
-
-
-def parse_json(data: bytes, where: str) -> Any:
-    """Strict JSON from bytes; ``where`` names the source in errors."""
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen: dict[str, Any] = {}
-        for key, value in items:
-            if key in seen:
-                raise UnexpectedTensorError(f"{where} holds the key {shown(key)} twice", expected="each key once")
-            seen[key] = value
-        return seen
-
-    def constant(text: str) -> Any:
-        raise ValueError(f"{text} is not a JSON number")
-
-    def number(text: str) -> float:
-        if math.isinf(value := float(text)):
-            raise ValueError(f"{text[:40]} is beyond the numbers of float64")
-        return value
-
-    try:
-        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=pairs, parse_constant=constant, parse_float=number)
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{where} is not valid JSON", found=str(error)[:200]) from error
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

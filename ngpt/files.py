@@ -1,14 +1,22 @@
-"""Which files a checkpoint may consist of: regular ones, in its own folder or in the blobs of the Hugging Face cache it lies in."""
+"""Files from outside: which of them a checkpoint may consist of, and JSON read as if every byte were hostile.
+
+A checkpoint's files are regular ones in its own folder, or in the blobs of the Hugging Face cache it lies in.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import stat
 from pathlib import Path
+from typing import Any
 
-from ngpt.errors import CheckpointError, CorruptFileError, UnsafeFormatError
+from ngpt.errors import CheckpointError, CorruptFileError, UnexpectedTensorError, UnsafeFormatError, shown
 
+MAX_JSON_BYTES = 16 << 20
+MAX_CONFIG_BYTES = 4 << 20
 _LFS_POINTERS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
 _PAGES = (b"<!doctype html", b"<html")
 _HUB_ID = re.compile(
@@ -82,6 +90,48 @@ def check_content(path: Path) -> None:
         raise CorruptFileError(
             f"{path} is a web page, not the file", expected="the file", found="HTML", remedy="download the file again"
         )
+
+
+def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> Any:
+    """Strict JSON: bounded size, UTF-8 (a byte-order mark is passed over), no duplicate keys, no NaN, no number beyond float64.
+
+    Raises `CheckpointError`, `CorruptFileError` above all; pipes and devices are not waited for.
+    """
+    if (kind := kind_of(path)) != "file":
+        raise CorruptFileError(f"cannot read {path}", expected="a regular file", found=kind)
+    check_content(path)
+    try:
+        size = path.stat().st_size
+        if size > limit:
+            raise CorruptFileError(f"{path} is too large", expected=f"at most {limit} bytes", found=f"{size} bytes")
+        return parse_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise CorruptFileError(f"cannot read {path}", found=str(error)) from error
+
+
+def parse_json(data: bytes, where: str) -> Any:
+    """Strict JSON from bytes; ``where`` names the source in errors."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+        for key, value in items:
+            if key in seen:
+                raise UnexpectedTensorError(f"{where} holds the key {shown(key)} twice", expected="each key once")
+            seen[key] = value
+        return seen
+
+    def constant(text: str) -> Any:
+        raise ValueError(f"{text} is not a JSON number")
+
+    def number(text: str) -> float:
+        if math.isinf(value := float(text)):
+            raise ValueError(f"{text[:40]} is beyond the numbers of float64")
+        return value
+
+    try:
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=pairs, parse_constant=constant, parse_float=number)
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"{where} is not valid JSON", found=str(error)[:200]) from error
 
 
 def not_there(path: Path, given: str) -> CheckpointError:
