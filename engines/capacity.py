@@ -7,7 +7,6 @@ between GPUs and prefills all come on top.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,7 +15,8 @@ from typing import Any
 
 from engines.sizing import RESERVE, activation_bytes, cache_bytes_per_token, table_bytes, weight_bytes
 from engines.target import Target, load_target, target_names
-from ngpt.errors import ConfigError, TargetError
+from ngpt.errors import CheckpointError, ConfigError, TargetError
+from ngpt.files import MAX_CONFIG_BYTES, read_json
 from ngpt.spec import NGPTSpec
 
 MOST_RANKS = 64
@@ -104,8 +104,8 @@ def read_spec(checkpoint: str | os.PathLike[str] | None) -> NGPTSpec:
     path = Path(checkpoint)
     if path.suffix == ".json":
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            config = read_json(path, limit=MAX_CONFIG_BYTES)
+        except CheckpointError as error:
             raise ConfigError(f"{path} cannot be read as JSON", expected="a config.json", found=str(error)) from error
         if not isinstance(config, dict):
             raise ConfigError(f"{path} is not a config", expected="a JSON object", found=type(config).__name__)

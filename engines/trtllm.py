@@ -33,6 +33,7 @@ from export.trtllm.convert import convert
 from export.trtllm.parallel import Parallel
 from export.weights import DeployedWeights
 from ngpt.checkpoint import Checkpoint, open_checkpoint
+from ngpt.checkpoint.base import OffSphere
 from ngpt.errors import BuildError, OutputExistsError
 from ngpt.spec import NGPTSpec
 from ngpt.weights import Weights
@@ -50,6 +51,7 @@ def build_trtllm(
     parallel: Parallel,
     *,
     name: str | None = None,
+    off_sphere: OffSphere = "refuse",
     progress: Progress | None = None,
 ) -> Path:
     """Make the output folder, whole or not at all; it has a manifest.json if trtllm-build ran.
@@ -62,9 +64,10 @@ def build_trtllm(
         raise OutputExistsError(
             f"{folder} exists", expected="a folder that does not exist yet", remedy="choose another --output, or remove it"
         )
-    with open_checkpoint(checkpoint) as opened:
+    with open_checkpoint(checkpoint, off_sphere=off_sphere) as opened:
         _check(opened.spec, target, parallel)
         opened.validate(lambda done, total, what: report(f"checking {what}", 0.2 * done / max(total, 1)))
+        opened.report_notes()
         program = shutil.which(_PROGRAM)
         with atomic_folder(folder, _bytes(opened, target) * (1 if program is None else 3)) as work:
             (work / "checkpoint").mkdir()

@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(function=function)
         return sub
 
+    off_sphere = "take a checkpoint as it is whose rows are far from unit norm; a deviation of up to 1 % is taken with a warning"
     targets = "; ".join(f"{name}: {load_target(name).description}" for name in target_names())
     build = command("build", _build, "Build the engine of a checkpoint for a target and verify it against PyTorch.")
     build.add_argument("--checkpoint", required=True, help="Hugging Face directory, or the research code's ckpt.pt")
@@ -56,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--precision", help="another one that the target offers (TensorRT targets: fp16, bf16, fp32, int8, fp8, int4)"
     )
+    build.add_argument("--allow-off-sphere", action="store_true", help=off_sphere)
     build.add_argument("--output", required=True, help="engine folder to make; must not exist")
     build.add_argument("--name", help="name in the manifest; the checkpoint folder's if not given")
     build.add_argument("--no-verify", action="store_true", help="skip parity; the packager will then refuse the engine")
@@ -78,7 +80,11 @@ def parser() -> argparse.ArgumentParser:
     verify = command("verify", _verify, "Compare an engine with PyTorch on its checkpoint and write the report.")
     verify.add_argument("engine", type=Path)
     verify.add_argument("--checkpoint", required=True)
-    verify.add_argument("--decode-steps", type=_positive, default=64, help="teacher-forced decode steps per prompt")
+    verify.add_argument(
+        "--decode-steps",
+        type=_positive,
+        help="teacher-forced decode steps per prompt; 64, or half the model's length, if not given",
+    )
     verify.add_argument(
         "--report", type=Path, help="folder for parity.json and parity.html; a new one beside the engine if not given"
     )
@@ -131,6 +137,10 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--fold-scales", action="store_true", help="fold sz into lm_head, for engines that apply lm_head themselves (vLLM)"
     )
+    convert.add_argument(
+        "--normalize", action="store_true", help="project matrices back onto the unit sphere, and say what that changed"
+    )
+    convert.add_argument("--allow-off-sphere", action="store_true", help=off_sphere)
     convert.add_argument("--with-code", action="store_true", help="add the model's code, for trust_remote_code=True")
 
     bench = command("bench", _bench, "Measure engines against their peers: ratios of medians, contenders interleaved.")
@@ -178,7 +188,7 @@ def _build(args: argparse.Namespace) -> int:
     with Bar() as bar:
         folder = build_engine(
             args.checkpoint, args.target, args.output, precision=args.precision, name=args.name, verify=not args.no_verify,
-            tp=args.tp, pp=args.pp, kv_cache=args.kv_cache, progress=bar,
+            tp=args.tp, pp=args.pp, kv_cache=args.kv_cache, off_sphere=_off_sphere(args), progress=bar,
         )  # fmt: skip
     if not (folder / "manifest.json").exists():  # TensorRT-LLM is not installed here
         print(f"checkpoint {folder / 'checkpoint'}\n")
@@ -353,15 +363,17 @@ def _installed_version(module: str) -> str | None:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from ngpt.checkpoint import fold_scales, open_checkpoint, save_hf
-    from ngpt.remote_code import add_code
+    from scripts.convert import run
 
-    with open_checkpoint(args.checkpoint) as checkpoint:
-        save_hf(fold_scales(checkpoint) if args.fold_scales else checkpoint, args.output)
-    if args.with_code:
-        add_code(args.output)
-    print(f"checkpoint {args.output}")
+    run(
+        args.checkpoint, args.output, fold=args.fold_scales, project=args.normalize, off_sphere=_off_sphere(args),
+        with_code=args.with_code,
+    )  # fmt: skip
     return 0
+
+
+def _off_sphere(args: argparse.Namespace) -> Any:
+    return "allow" if args.allow_off_sphere else "refuse"
 
 
 def _bench(args: argparse.Namespace) -> int:
