@@ -8,7 +8,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -85,8 +84,7 @@ def build_engine(
         opened.report_notes()
         with atomic_folder(folder, _estimate(opened, chosen)) as work:
             flags = _write_network(opened, chosen, library, work, lambda what, part: report(what, 0.2 + 0.5 * part))
-            for path in opened.tokenizer_files:
-                shutil.copyfile(path, work / path.name)
+            opened.text.copy_to(work)
             manifest = describe(opened, chosen, library, name or Path(checkpoint).resolve().name, flags)
             finish(work, manifest)
             if verify and runs_here(chosen):

@@ -75,8 +75,7 @@ def build_trtllm(
                 deployed(opened, target), work / "checkpoint", parallel, target.precision,
                 lambda what, part: report(what, 0.2 + 0.6 * part), kernels=_kernels(target), kv_cache=target.kv_cache,
             )  # fmt: skip
-            for path in opened.tokenizer_files:
-                shutil.copyfile(path, work / path.name)
+            opened.text.copy_to(work)
             arguments = build_arguments(opened.spec, target, parallel)
             (work / "build.sh").write_text(_script(arguments), encoding="utf-8")
             (work / "build.sh").chmod(0o755)

@@ -64,7 +64,7 @@ def package_checkpoint(
             raise PackagingError(f"{wanted.name} is needed to serve a checkpoint", expected=str(wanted), found="no such file")
     with open_checkpoint(source) as checkpoint:
         checkpoint.report_notes()
-        files = (*checkpoint.files, *checkpoint.tokenizer_files)
+        files, text = checkpoint.files, checkpoint.text
     settings = {
         "model": _FOLDER,
         "backend": "pytorch",
@@ -84,5 +84,6 @@ def package_checkpoint(
         (version / _FOLDER).mkdir()
         for file in {source / "config.json", *source.glob("*.safetensors.index.json"), *files}:
             shutil.copyfile(file, version / _FOLDER / file.name)
+        text.copy_to(version / _FOLDER)
         (version / "model.yaml").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return output

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -36,3 +37,13 @@ def write_shards(folder, parts, weight_map=None):
     index = {"metadata": {}, "weight_map": honest if weight_map is None else {**honest, **weight_map}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+def tokenizer(special=("<|endoftext|>",), size=200):
+    """Single bytes and as many special tokens as are named: ids from 0."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:size]
+    made = Tokenizer(models.BPE({letter: at for at, letter in enumerate(alphabet)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(text, special=True) for text in special])
+    return made
