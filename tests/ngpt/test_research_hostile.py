@@ -94,7 +94,7 @@ def tuples_in_tuples():
 
 def hashed_tuples():
     """{tuples_in_tuples(): 1}, which cannot be made here: hashing it would never end."""
-    return pickle.dumps({"model": {}, "k": {0: 1}}, 2).replace(b"K\x00K\x01s", b")q\x63" + b"h\x63h\x63\x86q\x63" * 60 + b"h\x63K\x01s")
+    return pickle.dumps({"model": {}, "k": {0: 1}}, 2).replace(b"K\x00K\x01s", b")" + b"q\x63h\x63\x86" * 60 + b"K\x01s")
 
 
 BOMBS = {
