@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(function=function)
         return sub
 
-    off_sphere = "take a checkpoint as it is whose rows are far from unit norm; a deviation of up to 1 % is taken with a warning"
+    off_sphere = "take a checkpoint as it is whose rows are far from unit norm; a deviation of up to 0.01 is taken with a warning"
     targets = "; ".join(f"{name}: {load_target(name).description}" for name in target_names())
     build = command("build", _build, "Build the engine of a checkpoint for a target and verify it against PyTorch.")
     build.add_argument("--checkpoint", required=True, help="Hugging Face directory, or the research code's ckpt.pt")
@@ -387,6 +388,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for an error, 3 for a failed parity."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     args = parser().parse_args(argv)
+    if logging.lastResort is not None:  # notes on a checkpoint, one line each
+        logging.lastResort.setFormatter(logging.Formatter("ngpt-deploy: warning: %(message)s"))
     try:
         return int(args.function(args))
     except (NGPTDeployError, ServingError) as error:

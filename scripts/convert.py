@@ -20,9 +20,13 @@ def run(
     """Convert, and print what was done. Raises the errors of reading and writing checkpoints."""
     with open_checkpoint(checkpoint, off_sphere=off_sphere) as original:
         wanted, changes = normalize(original) if project else (original, [])
-        wanted.validate()
+        if fold:
+            result = fold_scales(wanted)  # which validates what it folds
+        else:
+            wanted.validate()
+            result = wanted
         wanted.report_notes()
-        save_hf(fold_scales(wanted) if fold else wanted, output)
+        save_hf(result, output)
         if with_code:
             add_code(output)
         print(f"checkpoint {output}")
@@ -30,8 +34,8 @@ def run(
             return
         print("\n".join(table(changes)))
         if changes:
-            with open_checkpoint(output) as result:
-                print(f"logits   {logit_effect(original, result)}")
+            with open_checkpoint(output) as written:
+                print(f"logits   {logit_effect(original, written)}")
 
 
 def table(changes: list[Change]) -> list[str]:
