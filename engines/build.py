@@ -17,7 +17,7 @@ from typing import Any
 from engines.device import detect, target_for
 from engines.folder import atomic_folder
 from engines.genai import genai_config
-from engines.hub_config import hub_config
+from engines.hub_config import hub_config, make_tokenizer_loadable
 from engines.onnx_graph import export_graph, tap_function
 from engines.plan import build_plan
 from engines.runtime.errors import ServingError
@@ -84,6 +84,7 @@ def build_engine(
             flags = _write_network(opened, chosen, library, work, lambda what, part: report(what, 0.2 + 0.5 * part))
             for path in opened.tokenizer_files:
                 shutil.copyfile(path, work / path.name)
+            make_tokenizer_loadable(work)
             manifest = describe(opened, chosen, library, name or Path(checkpoint).resolve().name, flags)
             finish(work, manifest)
             if verify and runs_here(chosen):

@@ -7,6 +7,8 @@ Neither tool knows "ngpt", and both take the shape of the first, empty cache fro
 is the network. There are no PyTorch weights in an engine folder and `architectures` is absent, so nothing loads it as a Gemma.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 from engines.onnx_graph import Graph
@@ -41,3 +43,25 @@ def hub_config(spec: NGPTSpec, target: Target, graph: Graph) -> dict[str, Any]:
         # by itself; a browser must be told that there is one.
         "transformers.js_config": {"dtype": "fp32", "use_external_data_format": graph.external_data},
     }
+
+
+def make_tokenizer_loadable(folder: Path) -> None:
+    """Rewrite what transformers 5 alone understands in a copied tokenizer_config.json, without a change of meaning.
+
+    optimum-onnx 0.1 needs transformers 4.57, which has no class of the name "TokenizersBackend" and takes a list of further special
+    tokens under their older name alone; transformers 5 reads both. A file that is missing or no JSON object is left to those who read it.
+    """
+    path = folder / "tokenizer_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return
+    if not isinstance(config, dict):
+        return
+    changed = dict(config)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        changed["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        changed["additional_special_tokens"] = changed.pop("extra_special_tokens")
+    if changed != config:
+        path.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

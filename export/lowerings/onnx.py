@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
-import ml_dtypes  # noqa: F401  (registers the narrow dtypes onnx_ir may be asked to store)
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.lowerings.base import Lowering
+from export.lowerings.onnx_builder import GraphBuilder
 from export.network import trace
 from export.quantize import Quantized, quantize
 from export.weights import DeployedWeights, inverse_root, position_diagonal, rope_tables
@@ -30,20 +30,15 @@ BATCH, NEW, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 
 
-class OnnxPortable(Lowering[ir.Value]):
+class OnnxPortable(GraphBuilder, Lowering[ir.Value]):
     """Standard operators only; the cache grows by concatenation inside Attention, rows may be padded on either side."""
 
     present_axis = TOTAL
 
     def __init__(self, weights: DeployedWeights, precision: Precision = "fp32", block_size: int = 32) -> None:
-        super().__init__(weights)
+        Lowering.__init__(self, weights)
+        GraphBuilder.__init__(self, ir.DataType.FLOAT16 if precision == "fp16" else ir.DataType.FLOAT)
         self.precision, self.block_size = precision, block_size
-        self.dtype = ir.DataType.FLOAT16 if precision == "fp16" else ir.DataType.FLOAT
-        self.nodes: list[ir.Node] = []
-        self.values: dict[str, ir.Value] = {}
-        self.initializers: dict[str, ir.Value] = {}
-        self.inputs: dict[str, ir.Value] = {}
-        self.outputs: list[ir.Value] = []
         self.input_ids = self._input("input_ids", [BATCH, NEW])
         self.attention_mask = self._input("attention_mask", [BATCH, TOTAL])
         self.position_ids = self._input("position_ids", [BATCH, NEW])
@@ -183,11 +178,6 @@ class OnnxPortable(Lowering[ir.Value]):
 
     # -- building blocks -----------------------------------------------------------------------------------------------
 
-    def _input(self, name: str, shape: list[str | int], dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
-        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
-        self.inputs[name] = self.values[name] = value
-        return value
-
     def _present(self, values: Sequence[ir.Value]) -> None:
         for value in values:
             value.type = ir.TensorType(self.dtype)
@@ -199,53 +189,6 @@ class OnnxPortable(Lowering[ir.Value]):
         if value.type is None:
             value.type = ir.TensorType(self.dtype)
         return value
-
-    def _node(self, op: str, inputs: Sequence[ir.Value | None], name: str, domain: str = "", **attributes: Any) -> ir.Value:
-        return self._nodes(op, inputs, [name], domain, **attributes)[0]
-
-    def _nodes(
-        self, op: str, inputs: Sequence[ir.Value | None], names: Sequence[str], domain: str = "", **attributes: Any
-    ) -> Sequence[ir.Value]:
-        for key, value in attributes.items():
-            if isinstance(value, ir.DataType):
-                attributes[key] = int(value)
-        outputs = [ir.Value(name=name) for name in names]
-        self.nodes.append(ir.node(op, inputs, attributes, domain=domain, outputs=outputs, name=f"{names[0]}/{op}"))
-        self.values.update({str(value.name): value for value in outputs})
-        return outputs
-
-    def _constant(self, name: str, array: NDArray[Any], *, wide: bool = False) -> ir.Value:
-        """A small tensor, stored once under its name; floating ones in the network's dtype unless `wide`."""
-        key = f"const.{name}"
-        if key not in self.initializers:
-            if array.dtype.kind == "f" and self.dtype == ir.DataType.FLOAT16 and not wide:
-                array = array.astype(np.float16)
-            value = ir.Value(name=key, const_value=ir.tensor(array, name=key))
-            value.type, value.shape = ir.TensorType(ir.DataType.from_numpy(array.dtype)), ir.Shape(array.shape)
-            self.initializers[key] = value
-        return self.initializers[key]
-
-    def _weight(
-        self,
-        name: str,
-        load: Callable[[], NDArray[Any]],
-        shape: Sequence[int],
-        *,
-        narrow: bool = False,
-        dtype: ir.DataType | None = None,
-    ) -> ir.Value:
-        """A tensor that is read, folded and written only when the graph is saved, and not kept afterwards."""
-        if name not in self.initializers:
-            kind = dtype or (ir.DataType.FLOAT16 if narrow else self.dtype)
-            numpy_dtype = kind.numpy()
-
-            def evaluate() -> ir.Tensor:
-                return ir.tensor(np.ascontiguousarray(load().astype(numpy_dtype, copy=False)), dtype=kind, name=name)
-
-            tensor = ir.LazyTensor(evaluate, dtype=kind, shape=ir.Shape(shape), name=name, cache=False)
-            value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(kind), shape=ir.Shape(shape))
-            self.initializers[name] = value
-        return self.initializers[name]
 
     def _matmul(self, name: str, x: ir.Value, parts: Sequence[str]) -> ir.Value:
         """x times the stacked matrices of `parts`, with their stacked biases."""
@@ -314,16 +257,21 @@ class OnnxRuntime(OnnxPortable):
     def prepare(self) -> None:
         """GroupQueryAttention wants each row's length less one, and the longest: both come from the attention mask.
 
-        The kernel counts: a row's real tokens must come first, or it would attend to padding and say nothing. Where they do, the
-        last one stands right before the count; a row where it does not is taken out, and the kernel stops at one length too few.
+        The kernel counts from the start of a row: padding before a token would be attended to, and nothing said. So rows are looked
+        at: the last real token of a first call stands right after the others, and in later calls at most as far behind them as the
+        past is long. A row where it does not is left out of the lengths, and Reshape, whose name is then in the runtime's error, stops.
         """
         one = self._constant("one", np.array([1], np.int64))
         count = self._node("ReduceSum", [self.attention_mask, one], "mask.lengths", keepdims=0)
-        last = self._node("ArgMax", [self.attention_mask], "mask.last", axis=1, keepdims=0, select_last_index=1)
-        dense = self._node("Less", [last, count], "mask.dense")
-        kept = self._node("Compress", [last, dense], "mask.last_of_dense", axis=0)
-        self.last = self._node("Cast", [kept], "mask.seqlens_k", to=ir.DataType.INT32)
         total = self._node("Shape", [self.attention_mask], "mask.total", start=1, end=2)
+        past = self._node("Sub", [total, self._node("Shape", [self.input_ids], "mask.new", start=1, end=2)], "mask.past")
+        last = self._node("ArgMax", [self.attention_mask], "mask.last_real", axis=1, keepdims=0, select_last_index=1)
+        good = self._node("Less", [last, self._node("Add", [count, past], "mask.room")], "mask.good")
+        kept = self._node("Compress", [self._node("Sub", [count, one], "mask.last"), good], "mask.last_of_good", axis=0)
+        batch = self._node("Shape", [self.attention_mask], "mask.batch", start=0, end=1)
+        kept = self._node("Reshape", [kept, batch], "mask.last_of_all")
+        self.nodes[-1].name = "attention_mask: the fused attention takes padding on the right alone; onnx-portable takes any"
+        self.last = self._node("Cast", [kept], "mask.seqlens_k", to=ir.DataType.INT32)
         self.total = self._node("Cast", [total], "mask.total_length", to=ir.DataType.INT32)
 
     def position(self, name: str, x: ir.Value, heads: int) -> ir.Value:
@@ -383,8 +331,6 @@ class OnnxRuntime(OnnxPortable):
             "GroupQueryAttention", [q, k, v, *past, self.last, self.total], outputs, "com.microsoft",
             num_heads=heads, kv_num_heads=keys, scale=scale, do_rotary=0,
         )  # fmt: skip
-        # The runtime's error names the node: what a user who pads on the left gets to read.
-        self.nodes[-1].name = f"{name}/GroupQueryAttention (attention_mask: padding on the right alone)"
         self._present(present)
         return self._narrowed(name, out, heads) if wide else out
 
