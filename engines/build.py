@@ -16,6 +16,7 @@ from typing import Any
 from engines.device import detect, target_for
 from engines.folder import atomic_folder
 from engines.genai import genai_config
+from engines.hub_config import hub_config
 from engines.onnx_graph import export_graph, tap_function
 from engines.plan import build_plan
 from engines.runtime.errors import ServingError
@@ -128,8 +129,9 @@ def _write_network(
     weights = DeployedWeights(Weights(checkpoint), half_precision=half)
     flags = {"form": target.form, "block_size": target.block_size}
     if library is None:
-        export_graph(weights, target, work / ONNX_NAME, progress)
-        _write_json(work / "genai_config.json", genai_config(checkpoint.spec, target))
+        graph = export_graph(weights, target, work / ONNX_NAME, progress)
+        _write_json(work / "genai_config.json", genai_config(checkpoint.spec, target, graph.cache_channels))
+        _write_json(work / "config.json", hub_config(checkpoint.spec, target, graph))
         return flags
     assert target.gpu is not None and target.profile is not None
     batch = min(check_fits(checkpoint.spec, target).rows, target.profile.decode_batch)

@@ -252,7 +252,9 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _package(args: argparse.Namespace) -> int:
-    if not (args.engine / "manifest.json").is_file() and (args.engine / "config.json").is_file():
+    # An engine has a config.json too; one that lost its manifest is still no checkpoint.
+    a_checkpoint = (args.engine / "config.json").is_file() and not (args.engine / "genai_config.json").is_file()
+    if a_checkpoint and not (args.engine / "manifest.json").is_file():
         from triton_repo.llmapi import package_checkpoint
 
         package_checkpoint(

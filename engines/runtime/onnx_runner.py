@@ -34,7 +34,7 @@ class OnnxRunner:
         self.in_place = manifest.target.cache == "in-place"
         self._session = _open_session(folder / manifest.graph, manifest.target.providers, threads)
         self._device = "cuda" if self._session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
-        row = (model.num_kv_heads, self.max_length, model.head_dim)
+        row = (model.num_kv_heads, self.max_length, _cache_channels(self._session, model.head_dim))
         dtype = np.dtype(_DTYPES[model.cache_dtype])
         self._cache: _SharedCache | _GrowingCache
         if self.in_place:
@@ -170,6 +170,13 @@ class _GrowingCache:
     def clear(self, row: int) -> None:
         """Forget a row."""
         self._state.pop(row, None)
+
+
+def _cache_channels(session: Any, head_dim: int) -> int:
+    """Channels of a cached head: the graph says so, because a kernel may want more than the network has."""
+    shapes = {value.name: value.shape for value in session.get_inputs()}
+    found = (shapes.get("past_key_values.0.key") or [head_dim])[-1]
+    return found if isinstance(found, int) else head_dim
 
 
 def _open_session(graph: Path, providers: Sequence[str], threads: int | None) -> Any:

@@ -223,6 +223,11 @@ def _no_weights(folder: Path) -> CheckpointError:
     bins = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.bin.index.json"))
     if bins:
         return _refuse_bin(bins[0])
+    if (folder / "manifest.json").is_file():  # an engine's config.json is there for other tools
+        return CheckpointError(
+            f"{folder} is an engine", expected="a checkpoint", found="manifest.json and no weights of PyTorch's",
+            remedy="give the checkpoint that the engine was built from",
+        )  # fmt: skip
     return MissingTensorError(
         f"{folder} has a {CONFIG_FILE} but no weights",
         expected=f"{SINGLE_FILE} or {INDEX_FILE}",
