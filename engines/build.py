@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from engines.device import detect, target_for
-from engines.folder import atomic_folder
 from engines.genai import genai_config
 from engines.onnx_graph import export_graph, tap_function
 from engines.plan import build_plan
@@ -27,7 +26,8 @@ from export.lowerings.tensorrt_library import Library, load_library
 from export.trtllm.parallel import Parallel
 from export.weights import DeployedWeights
 from ngpt.checkpoint import Checkpoint, open_checkpoint
-from ngpt.errors import OutputExistsError, TargetError
+from ngpt.errors import TargetError
+from ngpt.folder import check_free, new_folder
 from ngpt.weights import Weights
 
 Progress = Callable[[str, float], None]
@@ -71,15 +71,12 @@ def build_engine(
             remedy="choose a TensorRT-LLM target",
         )  # fmt: skip
     library = None if chosen.on_onnx else load_library(chosen.runtime)  # refused before anything is read
-    if folder.exists():
-        raise OutputExistsError(
-            f"{folder} exists", expected="a folder that does not exist yet", remedy="choose another --output, or remove it"
-        )
+    check_free(folder)
     with open_checkpoint(checkpoint) as opened:
         if chosen.gpu is not None:
             check_fits(opened.spec, chosen)
         opened.validate(lambda done, total, what: report(f"checking {what}", 0.2 * done / max(total, 1)))
-        with atomic_folder(folder, _estimate(opened, chosen)) as work:
+        with new_folder(folder, needed=_estimate(opened, chosen)) as work:
             flags = _write_network(opened, chosen, library, work, lambda what, part: report(what, 0.2 + 0.5 * part))
             for path in opened.tokenizer_files:
                 shutil.copyfile(path, work / path.name)

@@ -26,6 +26,10 @@ The serving runtime is copied into model repositories and therefore has a root o
 
 from __future__ import annotations
 
+import errno
+import re
+from importlib import metadata
+
 
 class NGPTDeployError(Exception):
     """An error with four parts: what went wrong, what was expected, what was found, what to do.
@@ -117,3 +121,40 @@ class PackagingError(NGPTDeployError):
 
 class ServerError(NGPTDeployError):
     """The inference server could not be started, reached or stopped."""
+
+
+def missing_package(what: str, extra: str, *, found: str = "") -> MissingPackageError:
+    """The error for an absent library. Its remedy installs what the extra lists, by name: this distribution is not on PyPI."""
+    try:
+        declared = metadata.requires("ngpt-deploy") or []
+    except metadata.PackageNotFoundError:
+        declared = []
+    wanted = [line.split(";")[0].strip() for line in declared if re.search(rf"""extra == ['"]{re.escape(extra)}['"]""", line)]
+    remedy = f"pip install {' '.join(map(repr, wanted))}" if wanted else f"install what pyproject.toml lists under {extra!r}"
+    return MissingPackageError(what, expected=f"the packages of the extra {extra!r}", found=found, remedy=remedy)
+
+
+_OS_REMEDIES = {
+    errno.ENOSPC: "free some room on that disk, or choose another folder",
+    errno.EDQUOT: "free some of your quota, or choose another folder",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f), or choose another file system",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "see who may read and write it, or choose another place",
+    errno.EPERM: "see who may read and write it, or choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOENT: "see whether the path is right",
+    errno.ENOTDIR: "a file stands where a folder is needed: see whether the path is right",
+    errno.EISDIR: "a folder stands where a file is needed: see whether the path is right",
+    errno.EEXIST: "choose another name, or remove what is there",
+    errno.ELOOP: "remove the link that leads back to itself",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.EPIPE: "read the output to its end, or write it to a file",
+    errno.EIO: "see whether the disk is sound",
+}
+
+
+def os_trouble(error: OSError) -> tuple[str, str]:
+    """What an OSError found, with the path it names, and what to do about it."""
+    remedy = _OS_REMEDIES.get(error.errno or 0, "see whether the disk is full or damaged")
+    text = error.strerror or str(error) or type(error).__name__
+    return (text if error.filename is None else f"{text}: {error.filename}"), remedy

@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from string import Template
@@ -20,7 +18,8 @@ import engines.runtime
 from engines.runtime.compatibility import check_slots
 from engines.runtime.errors import ServingError
 from engines.runtime.manifest import Manifest, contained_path, read_manifest, verify_files
-from ngpt.errors import OutputExistsError, PackagingError
+from ngpt.errors import PackagingError
+from ngpt.folder import check_free, new_folder
 
 
 @dataclass(frozen=True)
@@ -93,6 +92,7 @@ def package_engine(
         raise PackagingError("kv_cache_fraction", expected="above 0, at most 1", found=str(kv_cache_fraction))
     if not PurePosixPath(mount).is_absolute():
         raise PackagingError("mount", expected="an absolute path such as /models", found=mount)
+    check_free(output)  # before gigabytes are hashed
     manifest = _checked_manifest(engine, allow_unverified, num_slots)
     layout = LAYOUTS[manifest.target.runtime]
     values = _values(manifest, num_slots, max_queue, threads, exclude_input_in_output)
@@ -101,41 +101,13 @@ def package_engine(
     # Calls to another model are made one at a time in each process: several at once can hang the Python backend.
     in_turn = layout.link == "bls_link.py"
     values |= {"in_turn": str(in_turn).lower(), "text_instances": str(min(num_slots, _MOST_INSTANCES) if in_turn else 1)}
-    with new_folder(output) as partial:
+    with new_folder(output, kind=PackagingError) as partial:
         for model in layout.models:
             _write_model(partial / model, model, layout, values)
         _copy_engine(engine, manifest, partial / "tensorrt_llm" / _VERSION / "engine")
         for model in (model for model, template in layout.models.items() if template in _WITH_TOKENIZER):
             copy_files(engine, TOKENIZER_FILES, partial / model / _VERSION / "tokenizer")
     return output
-
-
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` to write into; it becomes `output` at the end, whole, or vanishes on an error.
-
-    Raises OutputExistsError if `output` exists, PackagingError for trouble with the disk.
-    """
-    if output.exists() or output.is_symlink():
-        raise OutputExistsError(
-            "the output folder is already in use",
-            expected="a path that does not exist",
-            found=str(output),
-            remedy="Choose another folder or remove this one.",
-        )
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
-    except OSError as error:
-        raise PackagingError("the output folder cannot be made", found=str(error)) from error
-    try:
-        partial.chmod(0o755)
-        yield partial
-        partial.rename(output)
-    except OSError as error:
-        raise PackagingError("the model repository could not be written", found=str(error)) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _checked_manifest(engine: Path, allow_unverified: bool, num_slots: int) -> Manifest:

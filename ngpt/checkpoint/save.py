@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ngpt.checkpoint.base import Checkpoint, Progress
 from ngpt.checkpoint.opening import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
-from ngpt.errors import BuildError, OutputExistsError
+from ngpt.errors import BuildError
+from ngpt.folder import new_folder
 
 MAX_SHARD_BYTES = 2 << 30
 
@@ -30,23 +31,11 @@ def save_hf(
     `BuildError` (disk full and other I/O failures).
     """
     target = Path(out_dir)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise OutputExistsError(f"{target} is in use", expected="a new or empty folder", remedy="choose another")
-    staging: Path | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        folder = staging / "checkpoint"  # a plain mkdir: its permissions follow the umask, mkdtemp's do not
-        folder.mkdir()
-        _write(checkpoint, folder, max_shard_bytes, progress)
-        if target.exists():
-            target.rmdir()
-        folder.rename(target)
-    except OSError as error:
-        raise BuildError(f"cannot write {target}", found=str(error), remedy="free space or fix permissions") from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
+    with new_folder(target, into_empty=True) as folder:
+        try:
+            _write(checkpoint, folder, max_shard_bytes, progress)
+        except SafetensorError as error:  # the library's own spelling of a full disk
+            raise BuildError(f"{target} cannot be written", found=str(error), remedy="see whether the disk is full") from error
     return target
 
 
