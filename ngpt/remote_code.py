@@ -11,10 +11,11 @@ AUTO_MAP = {
     "AutoModel": "model.NGPTModel",
     "AutoModelForCausalLM": "model.NGPTForCausalLM",
 }
+CODE = ("config.py", "layers.py", "model.py")
 
 
 def add_code(folder: str | Path) -> None:
-    """Copy config.py and model.py beside a saved checkpoint and name the classes in its config.json.
+    """Copy the model's source files beside a saved checkpoint and name the classes in its config.json.
 
     Raises ConfigError when the folder holds no config.json of an nGPT model.
     """
@@ -26,7 +27,7 @@ def add_code(folder: str | Path) -> None:
         raise ConfigError(f"{path} cannot be read", found=str(error), remedy="save the model there first") from error
     if config.get("model_type") != "ngpt":
         raise ConfigError(f"{path} is not an nGPT config", expected='model_type "ngpt"', found=repr(config.get("model_type")))
-    for name in ("config.py", "model.py"):
+    for name in CODE:
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
     config["auto_map"] = AUTO_MAP
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

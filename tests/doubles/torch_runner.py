@@ -13,7 +13,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from engines.parity.reference import TorchReference
-from ngpt.model import hypersphere_update
+from ngpt.layers import hypersphere_update
 
 FAULTS = ("inverse_scale", "swapped_head", "signed_alpha", "skipped_layer", "unsquared_sqk", "late_decode", "lost_chunk")
 

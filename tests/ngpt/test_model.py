@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCach
 
 from ngpt import NGPTConfig, NGPTForCausalLM, NGPTModel
 from ngpt.checkpoint import open_checkpoint, save_hf
-from ngpt.model import hypersphere_update, unit_norm
+from ngpt.layers import hypersphere_update, unit_norm
 from ngpt.remote_code import add_code
 from ngpt.training import normalize_weights_, unit_matrices
 from tests.conftest import GOLDEN, TINY, Golden
