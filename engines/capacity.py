@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.sizing import RESERVE, activation_bytes, cache_bytes_per_token, table_bytes, weight_bytes
-from engines.target import Target, load_target, target_names
+from engines.target import Target, load_targets
 from ngpt.errors import ConfigError, TargetError
 from ngpt.spec import NGPTSpec
 
@@ -119,7 +119,7 @@ def read_spec(checkpoint: str | os.PathLike[str] | None) -> NGPTSpec:
 def capacity(spec: NGPTSpec, target: Target, concurrency: int, context: int, ranks: int) -> Capacity:
     """The arithmetic for one degree, whether it fits or not. Raises TargetError for what cannot be asked at all."""
     if target.gpu is None or target.profile is None:
-        gpus = [name for name in target_names() if load_target(name).gpu is not None]
+        gpus = [known.name for known in load_targets() if known.gpu is not None]
         raise TargetError(
             f"the target {target.name} has no GPU to plan for", expected="one of " + ", ".join(gpus), found=target.name,
             remedy="choose another --target",

@@ -40,6 +40,7 @@ LAYOUTS = {"onnxruntime": OWN, "tensorrt": OWN, "tensorrt_rtx": OWN, "tensorrt_l
 """By manifest.target.runtime. OWN: this project's scheduler around the engine. TENSORRT_LLM: the engine in TensorRT-LLM's own backend."""
 MODELS = tuple(OWN.models)
 _MOST_INSTANCES = 16
+_MOST = (1 << 31) - 1  # a count in a repository's configuration has 32 bits
 _WITH_TOKENIZER = ("preprocessing", "postprocessing", "ensemble")
 _HERE = Path(__file__).resolve().parent
 _TEMPLATES = _HERE / "templates"
@@ -86,8 +87,8 @@ def package_engine(
     """
     engine, output = Path(engine_dir), Path(output_dir).absolute()
     for name, value in (("num_slots", num_slots), ("max_queue", max_queue), ("threads", threads)):
-        if value is not None and value < 1:
-            raise PackagingError(name, expected="at least 1", found=str(value))
+        if value is not None and not 1 <= value <= _MOST:
+            raise PackagingError(name, expected="at least 1" if value < 1 else f"at most {_MOST}", found=str(value))
     if not 0 < kv_cache_fraction <= 1:
         raise PackagingError("kv_cache_fraction", expected="above 0, at most 1", found=str(kv_cache_fraction))
     if not PurePosixPath(mount).is_absolute():
@@ -101,12 +102,17 @@ def package_engine(
     # Calls to another model are made one at a time in each process: several at once can hang the Python backend.
     in_turn = layout.link == "bls_link.py"
     values |= {"in_turn": str(in_turn).lower(), "text_instances": str(min(num_slots, _MOST_INSTANCES) if in_turn else 1)}
-    with new_folder(output, kind=PackagingError) as partial:
+    needed = sum(entry.bytes for entry in manifest.files.values())
+    with new_folder(output, needed=needed, kind=PackagingError) as partial:
         for model in layout.models:
             _write_model(partial / model, model, layout, values)
         _copy_engine(engine, manifest, partial / "tensorrt_llm" / _VERSION / "engine")
         for model in (model for model, template in layout.models.items() if template in _WITH_TOKENIZER):
-            copy_files(engine, TOKENIZER_FILES, partial / model / _VERSION / "tokenizer")
+            place = partial / model / _VERSION / "tokenizer"
+            place.mkdir()
+            for name in TOKENIZER_FILES:
+                if (path := contained_path(engine, name)).is_file():
+                    shutil.copyfile(path, place / name)
     return output
 
 
@@ -114,6 +120,8 @@ def _checked_manifest(engine: Path, allow_unverified: bool, num_slots: int) -> M
     try:
         manifest = read_manifest(engine)
         verify_files(engine, manifest)
+        for name in TOKENIZER_FILES:
+            contained_path(engine, name)  # copied where it is there, even if the manifest does not name it
     except ServingError as error:
         raise PackagingError("this engine cannot be packaged", found=str(error), remedy="Build the engine again.") from error
     try:
@@ -144,11 +152,11 @@ def _check_batch(engine: Path, manifest: Manifest, num_slots: int) -> None:
     """The slots must not exceed the batch that trtllm-build wrote into the engine's config.json."""
     try:
         text = (engine / _graph_folder(manifest) / "config.json").read_text(encoding="utf-8")
-        most = json.loads(text)["build_config"]["max_batch_size"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        most = int(json.loads(text)["build_config"]["max_batch_size"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise PackagingError(
             f"{manifest.name} has no readable config.json of trtllm-build", expected="build_config.max_batch_size",
-            found=f"{type(error).__name__}: {error}", remedy="Build the engine again.",
+            found=f"{type(error).__name__}: {error}"[:300], remedy="Build the engine again.",
         ) from error  # fmt: skip
     if num_slots > most:
         raise PackagingError(

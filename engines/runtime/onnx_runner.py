@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import EngineFileError
+from .errors import EngineFileError, MissingRuntimeError
 from .rows import Rows
 
 if TYPE_CHECKING:
@@ -176,14 +176,15 @@ def _open_session(graph: Path, providers: Sequence[str], threads: int | None) ->
     try:
         import onnxruntime
     except ImportError as error:
-        raise EngineFileError(
-            "this engine runs on ONNX Runtime, which is not installed", remedy="pip install 'ngpt-deploy[onnx]'"
-        ) from error
+        raise MissingRuntimeError(
+            "this engine runs on ONNX Runtime", expected="onnxruntime installed", found="not installed",
+            remedy="Run: pip install onnxruntime",
+        ) from error  # fmt: skip
     available = onnxruntime.get_available_providers()
     if providers[0] not in available:
         raise EngineFileError(
             f"this engine needs ONNX Runtime's {providers[0]}", expected=providers[0], found=", ".join(available),
-            remedy="install 'ngpt-deploy[onnx-gpu]' on a machine with a GPU, or build the engine for a cpu target",
+            remedy="Run, on a machine with a GPU: pip install onnxruntime-gpu (the extra onnx-gpu). Or build the engine for a cpu target.",
         )  # fmt: skip
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

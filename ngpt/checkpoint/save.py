@@ -14,6 +14,7 @@ from ngpt.checkpoint.base import Checkpoint, Progress
 from ngpt.checkpoint.opening import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from ngpt.errors import BuildError
 from ngpt.folder import new_folder
+from ngpt.remote_code import add_code
 
 MAX_SHARD_BYTES = 2 << 30
 
@@ -23,6 +24,7 @@ def save_hf(
     out_dir: str | os.PathLike[str],
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    with_code: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Write config.json, safetensors (sharded above ``max_shard_bytes``) and tokenizer files to a new folder.
@@ -31,9 +33,12 @@ def save_hf(
     `BuildError` (disk full and other I/O failures).
     """
     target = Path(out_dir)
-    with new_folder(target, into_empty=True) as folder:
+    needed = sum(checkpoint.info(name).nbytes for name in checkpoint.names())
+    with new_folder(target, needed=needed, into_empty=True) as folder:
         try:
             _write(checkpoint, folder, max_shard_bytes, progress)
+            if with_code:
+                add_code(folder)
         except SafetensorError as error:  # the library's own spelling of a full disk
             raise BuildError(f"{target} cannot be written", found=str(error), remedy="see whether the disk is full") from error
     return target
