@@ -69,7 +69,7 @@ def new_folder(
         except OSError as error:
             raise _trouble(output, error, kind) from error
         try:
-            os.rename(folder, output)
+            os.replace(folder, output)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
                 raise OutputExistsError(

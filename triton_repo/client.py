@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ngpt.errors import ServerError, missing_package
-from triton_repo.serving_inputs import InputError, TEXT_NAMES, TOKENS_NAMES, option_array, sequences_array
+from triton_repo.serving_inputs import TEXT_NAMES, TOKENS_NAMES, InputError, option_array, sequences_array
 
 _TRITON_NAMES = {"int32": "INT32", "float32": "FP32", "uint64": "UINT64", "bool": "BOOL", "object": "BYTES"}
 

@@ -115,7 +115,7 @@ def check_range(option: str, name: str, value: Any) -> None:
 
 def option_array(option: str, name: str, value: Any) -> NDArray[Any]:
     """The tensor [1, 1] of an option, in its dtype. Raises InputError for a value that it cannot hold as it is, or out of range."""
-    kind = np.dtype(OPTION_DTYPES[option])
+    kind: np.dtype[Any] = np.dtype(OPTION_DTYPES[option])
     number: Any
     if kind.kind == "b":
         number, good, expected = value, isinstance(value, bool | np.bool_), "True or False"
