@@ -26,7 +26,7 @@ from export.lowerings.tensorrt_library import Library, load_library
 from export.trtllm.parallel import Parallel
 from export.weights import DeployedWeights
 from ngpt.checkpoint import Checkpoint, open_checkpoint
-from ngpt.errors import TargetError
+from ngpt.errors import BuildError, TargetError, os_trouble
 from ngpt.folder import check_free, new_folder
 from ngpt.weights import Weights
 
@@ -85,13 +85,13 @@ def build_engine(
             if verify and runs_here(chosen):
                 report("verifying against PyTorch", 0.75)
                 try:
-                    manifest["parity"] = verify_folder(work, opened)
+                    manifest["parity"] = verify_folder(work, opened, scratch=work.parent)
                 except ServingError as error:
                     if chosen.on_onnx:
                         raise
                     # Minutes of building are not thrown away because the card is busy or a driver is old: the engine says that it is
                     # unverified and why, and the packager refuses it.
-                    manifest["target"]["note"] = f"could not be run here: {error}"
+                    manifest["target"]["note"] = f"could not be run here: {error}"[:2000]
                 finish(work, manifest)
             report("done", 1.0)
     return folder
@@ -139,19 +139,28 @@ def arithmetic(precision: str, on_onnx: bool) -> str:
     return {"int8": "fp32", "int4": "fp32"}.get(precision, precision) if on_onnx else ARITHMETIC[precision]
 
 
-def verify_folder(folder: Path, checkpoint: Checkpoint, *, decode_steps: int = 64, report: Path | None = None) -> dict[str, Any]:
+def verify_folder(
+    folder: Path, checkpoint: Checkpoint, *, decode_steps: int = 64, report: Path | None = None, scratch: Path | None = None
+) -> dict[str, Any]:
     """Parity of the engine in `folder` with its checkpoint: writes parity.json and parity.html to `report` (default: the
-    engine's folder) and returns the summary with the verdict."""
+    engine's folder) and returns the summary with the verdict. `scratch`: where a second graph as large as the first may lie meanwhile.
+    Raises BuildError before anything is run where the report cannot be written."""
     from engines.parity.verify import PARITY_SLOTS, verify
     from engines.runtime.compatibility import slots_for
     from engines.runtime.engine import open_runner
     from engines.runtime.manifest import read_manifest
 
     manifest = read_manifest(folder)
+    if report is not None:
+        try:
+            report.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            found, remedy = os_trouble(error)
+            raise BuildError(f"the report cannot be written to {report}", found=found, remedy=remedy) from error
     target = load_target(manifest.target.name, manifest.target.precision)
     runner = open_runner(folder, manifest, slots_for(manifest, PARITY_SLOTS))
     try:
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory(dir=scratch) as graphs:
             result = verify(
                 runner,
                 checkpoint,
@@ -161,12 +170,10 @@ def verify_folder(folder: Path, checkpoint: Checkpoint, *, decode_steps: int = 6
                 decode_steps=decode_steps,
                 name=f"{manifest.name}, {target.name}",
                 # A plan has no hidden states to look at: its logits alone are compared.
-                taps=tap_function(checkpoint, target, Path(scratch)) if target.on_onnx else None,
+                taps=tap_function(checkpoint, target, Path(graphs)) if target.on_onnx else None,
             )
     finally:
         runner.release()
-    if report is not None:
-        report.mkdir(parents=True, exist_ok=True)
     result.write(report or folder)
     return {"verdict": result.verdict, "report": "parity.json", "html": "parity.html", **result.summary}
 

@@ -153,8 +153,13 @@ _OS_REMEDIES = {
 }
 
 
+# Trouble with what was to be written: of a copy, Python names the file that was read.
+_ON_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
 def os_trouble(error: OSError) -> tuple[str, str]:
     """What an OSError found, with the path it names, and what to do about it."""
     remedy = _OS_REMEDIES.get(error.errno or 0, "see whether the disk is full or damaged")
     text = error.strerror or str(error) or type(error).__name__
-    return (text if error.filename is None else f"{text}: {error.filename}"), remedy
+    named = error.filename is not None and error.errno not in _ON_WRITING
+    return (f"{text}: {error.filename}" if named else text), remedy

@@ -4,6 +4,7 @@ Beside OUTPUT lies, while it is written, a hidden working folder `.OUTPUT.<rando
 
     owner      held with flock by the process that writes; the kernel lets it go when that process ends, however it ends
     folder/    becomes OUTPUT by one rename
+    ...        scratch of whoever writes, which goes when the rest goes
 
 Whoever makes a folder next in the same place removes those whose `owner` nobody holds. A process id would not do: it may be another's by then.
 """
@@ -16,6 +17,7 @@ import os
 import secrets
 import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +49,7 @@ def new_folder(
         OutputExistsError: `output` exists, or appeared meanwhile. `kind`: any OSError, with what to do.
     """
     output = Path(output).absolute()
-    check_free(output, into_empty=into_empty)
+    check_free(output, into_empty=into_empty, kind=kind)
     made: list[Path] = []
     lock: int | None = None
     work: Path | None = None
@@ -88,17 +90,20 @@ def new_folder(
                 folder.rmdir()
 
 
-def check_free(output: Path, *, into_empty: bool = False) -> None:
-    """Raise OutputExistsError if there is anything at `output`; `into_empty` allows an empty folder."""
-    if not os.path.lexists(output) and output.name not in ("", ".."):
-        return
-    with contextlib.suppress(OSError):
-        if into_empty and output.is_dir() and not output.is_symlink() and not any(output.iterdir()):
-            return
-    raise OutputExistsError(
-        f"{output} exists", expected="a new or empty folder" if into_empty else "a path that does not exist yet",
-        remedy="choose another --output, or remove it",
-    )  # fmt: skip
+def check_free(output: Path, *, into_empty: bool = False, kind: type[NGPTDeployError] = BuildError) -> None:
+    """Raise OutputExistsError if there is anything at `output` (`into_empty`: but an empty folder), `kind` if nothing can be there."""
+    try:
+        mode = output.lstat().st_mode  # a link is in use, whatever it leads to
+        usable = into_empty and stat.S_ISDIR(mode) and not any(output.iterdir())
+    except FileNotFoundError:
+        usable = output.name not in ("", "..")
+    except (OSError, ValueError) as error:
+        raise _trouble(output, error, kind) from error
+    if not usable:
+        raise OutputExistsError(
+            f"{output} exists", expected="a new or empty folder" if into_empty else "a path that does not exist yet",
+            remedy="choose another --output, or remove it",
+        )  # fmt: skip
 
 
 def sweep(parent: Path) -> list[Path]:
@@ -120,7 +125,7 @@ def _abandoned(work: Path) -> bool:
     if not names:
         work.rmdir()  # killed before it took the lock; one that is about to take it will notice
         return True
-    if _LOCK not in names or names - {_LOCK, _FOLDER}:
+    if _LOCK not in names:
         return False
     lock = os.open(work / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
@@ -181,9 +186,11 @@ def _lock(lock: int) -> bool:
 
 def _remove(work: Path) -> None:
     """The lock goes last: what an interrupted removal leaves is still known for what it is."""
-    shutil.rmtree(work / _FOLDER, ignore_errors=True)
     with contextlib.suppress(OSError):
-        if not (work / _FOLDER).exists():
+        for entry in work.iterdir():
+            if entry.name != _LOCK:
+                shutil.rmtree(entry, ignore_errors=True)
+        if {entry.name for entry in work.iterdir()} <= {_LOCK}:
             (work / _LOCK).unlink(missing_ok=True)
             work.rmdir()
 
@@ -199,4 +206,6 @@ def _check_room(parent: Path, needed: int, kind: type[NGPTDeployError]) -> None:
 
 def _trouble(output: Path, error: OSError | ValueError, kind: type[NGPTDeployError]) -> NGPTDeployError:
     found, remedy = os_trouble(error) if isinstance(error, OSError) else (str(error), "choose another name")
+    if SUFFIX in found:  # the working folder's own path says nothing to anybody
+        found = found.split(":")[0]
     return kind(f"{output} cannot be written", found=found, remedy=remedy)

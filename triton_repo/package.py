@@ -93,7 +93,7 @@ def package_engine(
         raise PackagingError("kv_cache_fraction", expected="above 0, at most 1", found=str(kv_cache_fraction))
     if not PurePosixPath(mount).is_absolute():
         raise PackagingError("mount", expected="an absolute path such as /models", found=mount)
-    check_free(output)  # before gigabytes are hashed
+    check_free(output, kind=PackagingError)  # before gigabytes are hashed
     manifest = _checked_manifest(engine, allow_unverified, num_slots)
     layout = LAYOUTS[manifest.target.runtime]
     values = _values(manifest, num_slots, max_queue, threads, exclude_input_in_output)

@@ -107,7 +107,7 @@ class TritonServer:
         self.repository = Path(repository).resolve()
         if not self.repository.is_dir():
             raise ServerError(
-                "no model repository", expected="a folder", found=str(repository), remedy="Run package_engine first."
+                "no model repository", expected="a folder", found=str(repository), remedy="make one with `ngpt-deploy package`"
             )
         ports = {"http_port": http_port, "grpc_port": grpc_port, "metrics_port": metrics_port}
         for name, wanted in ports.items():

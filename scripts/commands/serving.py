@@ -97,11 +97,10 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     options = {k: v for k in ("temperature", "top_k", "top_p", "seed") if (v := getattr(args, k)) is not None}
+    _check(args.max_tokens, options)  # before gigabytes are read, or anything is sent
     if args.engine is not None:
         from engines import load_engine
-        from engines.runtime.sampling import SamplingParams
 
-        SamplingParams.from_options(max_new_tokens=args.max_tokens, **options)  # before gigabytes are read
         with load_engine(args.engine) as engine:
             _stream(engine.stream_text(args.prompt, max_new_tokens=args.max_tokens, **options))
     else:
@@ -109,6 +108,17 @@ def _generate(args: argparse.Namespace) -> int:
 
         _stream(stream_text(args.url, args.prompt, max_tokens=args.max_tokens, **options))
     return 0
+
+
+def _check(max_tokens: int, options: dict[str, Any]) -> None:
+    from engines.runtime.errors import RequestError
+    from engines.runtime.sampling import SamplingParams
+
+    try:
+        SamplingParams.from_options(max_new_tokens=max_tokens, **options)
+    except RequestError as error:
+        error.what = error.what.replace("max_new_tokens", "max_tokens")  # as the command calls it
+        raise
 
 
 def _stream(pieces: Generator[str, None, None] | Any) -> None:
