@@ -7,7 +7,6 @@ between GPUs and prefills all come on top.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,8 +15,9 @@ from typing import Any
 
 from engines.sizing import RESERVE, activation_bytes, cache_bytes_per_token, table_bytes, weight_bytes
 from engines.target import Target, load_targets
-from ngpt.errors import ConfigError, TargetError
+from ngpt.errors import CheckpointError, ConfigError, TargetError
 from ngpt.spec import NGPTSpec
+from ngpt.strict_json import MAX_CONFIG_BYTES, read_json
 
 MOST_RANKS = 64
 """The largest tensor-parallel degree that is considered."""
@@ -102,15 +102,20 @@ def read_spec(checkpoint: str | os.PathLike[str] | None) -> NGPTSpec:
     if checkpoint is None:
         return NGPTSpec.from_config({"model_type": "ngpt"})
     path = Path(checkpoint)
+    try:
+        if path.is_dir() and (path / "config.json").is_file():
+            path = path / "config.json"  # the weights do not matter here, nor does the library that would read them
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be looked at", found=error.strerror or str(error)) from error
     if path.suffix == ".json":
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} cannot be read as JSON", expected="a config.json", found=str(error)) from error
+            config = read_json(path, limit=MAX_CONFIG_BYTES)
+        except CheckpointError as error:
+            raise ConfigError(f"{path} cannot be read as JSON", expected="a config.json", found=error.found) from error
         if not isinstance(config, dict):
             raise ConfigError(f"{path} is not a config", expected="a JSON object", found=type(config).__name__)
         return NGPTSpec.from_config(config)
-    from ngpt.checkpoint import open_checkpoint
+    from ngpt.checkpoint import open_checkpoint  # a research checkpoint carries its configuration in a pickle, which takes torch
 
     with open_checkpoint(path) as opened:
         return opened.spec

@@ -60,7 +60,7 @@ def stream_text(
         RequestRefused: a value is out of range (nothing is sent then), or the server refused or failed the request.
         ServerError: not a ``host:port``, no server there, or no answer in time. MissingPackageError: tritonclient is not installed.
     """
-    tensors = _text_tensors(prompt, max_tokens, stop_words, bad_words, {**options, "stream": True})
+    tensors = _text_tensors(prompt, max_tokens, stop_words, bad_words, dict(**options, stream=True))
     for result in responses(url, model, tensors, timeout=timeout, request_id=request_id):
         piece = _text(result)
         if piece:
@@ -81,7 +81,7 @@ def generate_text(
     **options: Any,
 ) -> str:
     """The completion as one response. Arguments and errors as in ``stream_text``; the prompt is left out by default."""
-    settings = {**options, "stream": False, "exclude_input": exclude_input}
+    settings = dict(**options, stream=False, exclude_input=exclude_input)
     tensors = _text_tensors(prompt, max_tokens, stop_words, bad_words, settings)
     return "".join(_text(result) for result in responses(url, model, tensors, timeout=timeout, request_id=request_id))
 
@@ -99,8 +99,8 @@ def generate_tokens(
     stream: bool = False,
     **options: Any,
 ) -> list[int]:
-    """The new token ids after a prompt of token ids. Errors as in ``stream_text``."""
-    settings = {**options, "stream": stream, "exclude_input": True}
+    """The new token ids after a prompt of token ids (with ``exclude_input=False`` the prompt's too). Errors as in ``stream_text``."""
+    settings = {"exclude_input": True, **options, "stream": stream}
     tensors = token_tensors(prompt, max_tokens, stop_sequences, bad_sequences, settings)
     tokens: list[int] = []
     for result in responses(url, model, tensors, timeout=timeout, request_id=request_id):

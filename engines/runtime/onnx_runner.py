@@ -32,8 +32,13 @@ class OnnxRunner:
         self.vocab_size, self.max_length, self.num_slots = model.vocab_size, model.max_length, num_slots
         self.layers = model.num_layers
         self.in_place = manifest.target.cache == "in-place"
+        if model.cache_dtype not in _DTYPES or manifest.target.cache not in ("in-place", "growing"):
+            raise _contradiction(
+                manifest, "a cache in-place or growing, of float32 or float16", f"{manifest.target.cache}, {model.cache_dtype}"
+            )
         self._session = _open_session(folder / manifest.graph, manifest.target.providers, threads)
         self._device = "cuda" if self._session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
+        _check_cache(self._session, manifest)
         row = (model.num_kv_heads, self.max_length, model.head_dim)
         dtype = np.dtype(_DTYPES[model.cache_dtype])
         self._cache: _SharedCache | _GrowingCache
@@ -86,6 +91,28 @@ class OnnxRunner:
         self._rows.lengths[block.first + block.places] += 1
         result: Logits = logits[block.places, 0]
         return result
+
+
+def _check_cache(session: Any, manifest: Manifest) -> None:
+    """Raises EngineFileError unless the graph's cache has the layers, heads and width that the manifest says: a mere subset would be bound."""
+    model = manifest.model
+    found = {value.name: value.shape for value in session.get_inputs() if value.name.startswith("past_key_values.")}
+    wanted = {f"past_key_values.{layer}.{kind}" for layer in range(model.num_layers) for kind in ("key", "value")}
+    if set(found) != wanted:
+        raise _contradiction(manifest, f"{model.num_layers} layers", f"{len(found) // 2}")
+    for name, shape in found.items():
+        if len(shape) != 4 or any(
+            isinstance(size, int) and size != want
+            for size, want in zip(shape[1::2], (model.num_kv_heads, model.head_dim), strict=True)
+        ):
+            raise _contradiction(manifest, f"[batch, {model.num_kv_heads}, length, {model.head_dim}]", f"{name} {shape}")
+
+
+def _contradiction(manifest: Manifest, expected: str, found: str) -> EngineFileError:
+    return EngineFileError(
+        f"the graph of {manifest.name[:200]} is not the one that its manifest describes", expected=expected, found=found[:300],
+        remedy="Build the engine again; do not edit the manifest by hand.",
+    )  # fmt: skip
 
 
 class _SharedCache:
