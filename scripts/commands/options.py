@@ -4,7 +4,7 @@ import argparse
 import sys
 import textwrap
 from collections.abc import Callable
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from scripts.terminal import plain
 
@@ -18,6 +18,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         super().error(plain(message, 500))
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # The base class keeps silent where its help cannot be written.
+        if message and file is not None:
+            file.write(message)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
