@@ -3,13 +3,23 @@
 `load_engine` needs numpy, tokenizers and the engine's own runtime library, nothing else.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["load_engine"]
+if TYPE_CHECKING:
+    from engines.build import build_engine
+    from engines.runtime.engine import load_engine
+
+__all__ = ["build_engine", "load_engine"]
 
 
-def load_engine(path: Any, **options: Any) -> Any:
-    """Open an engine folder after checking its manifest; see `engines.runtime.engine.load_engine` for the options."""
-    from engines.runtime.engine import load_engine as load
+def __getattr__(name: str) -> Any:
+    """The functions, loaded when one is asked for: building needs PyTorch, running does not."""
+    if name == "build_engine":
+        from engines.build import build_engine
 
-    return load(path, **options)
+        return build_engine
+    if name == "load_engine":
+        from engines.runtime.engine import load_engine
+
+        return load_engine
+    raise AttributeError(f"module 'engines' has no attribute {name!r}")

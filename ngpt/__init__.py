@@ -8,7 +8,7 @@ readers (`ngpt.checkpoint`, `ngpt.spec`, `ngpt.weights`) work without transforme
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from wrapt import register_post_import_hook
+from ngpt.registration import check_installed, watch_imports
 
 if TYPE_CHECKING:
     from ngpt.config import NGPTConfig
@@ -29,8 +29,6 @@ def __getattr__(name: str) -> Any:
     """The class of that name, loaded now. Raises MissingPackageError where torch or a transformers that fits is missing."""
     if name not in __all__:
         raise AttributeError(f"module 'ngpt' has no attribute {name!r}")
-    from ngpt.registration import check_installed
-
     check_installed()
     return getattr(import_module("ngpt.config" if name == "NGPTConfig" else "ngpt.model"), name)
 
@@ -39,9 +37,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# The hooks are named by text, so that this module stays light. Our own modules are in the list because each pair may be loaded in either
-# order, and importing ngpt.model loads transformers' Auto classes halfway.
-for _module in ("transformers.models.auto.configuration_auto", "ngpt.config"):
-    register_post_import_hook("ngpt.registration:register_config", _module)
-for _module in ("transformers.models.auto.modeling_auto", "ngpt.model"):
-    register_post_import_hook("ngpt.registration:register_models", _module)
+watch_imports()

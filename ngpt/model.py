@@ -45,12 +45,15 @@ _REFUSED = (
 def _refuse_foreign(kwargs: dict[str, Any]) -> None:
     """Raise ValueError for an argument of other architectures that would change the result and that nGPT has no place for.
 
-    Everything else goes on to transformers' mask, attention and loss functions.
+    Tokenizers in general use return token_type_ids: they are let through where they are all zero. Everything else goes on to
+    transformers' mask, attention and loss functions.
     """
-    for name in _REFUSED:
-        if kwargs.get(name) is not None:
-            raise ValueError(f"nGPT takes no {name}; leave it out")
-        kwargs.pop(name, None)
+    types = kwargs.pop("token_type_ids", None)
+    given = [name for name in _REFUSED if kwargs.pop(name, None) is not None]
+    if types is not None and bool(types.any()):
+        given.append("token_type_ids")
+    if given:
+        raise ValueError(f"nGPT takes no {', '.join(given)}; leave it out")
 
 
 class NGPTPreTrainedModel(PreTrainedModel):
@@ -265,7 +268,7 @@ class NGPTForCausalLM(NGPTPreTrainedModel, GenerationMixin):
         if self.sz is not None:
             logits = logits * (self.sz(h.new_ones(1)) * self.sz_scale)
         loss = None
-        if labels is not None:
+        if labels is not None or kwargs.get("shift_labels") is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,

@@ -1,19 +1,28 @@
-"""Making transformers' Auto classes know nGPT, at the moment when they are loaded and not before.
+"""Making transformers' Auto classes know nGPT as soon as they are loaded, so that importing `ngpt` need not load them.
 
-`ngpt/__init__.py` has both functions called after transformers' module of Auto classes or ours has been imported, whichever happens
-first. Registering twice is harmless.
+`watch_imports` watches the import of transformers' modules of Auto classes, of ours, and of those that ours need: either package may be
+imported first, and transformers loads its Auto classes while other modules of its own are only halfway loaded. Whenever none of them is
+halfway, what is loaded is registered. Doing so twice is harmless.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
-from typing import Any
+from types import ModuleType
 
 from ngpt.errors import MissingPackageError
 
 OLDEST_TRANSFORMERS = (5, 4)
 """Its base class of configurations is the first that is a dataclass. `make matrix` runs the tests with this version and the newest."""
+
+_CONFIGS, _MODELS = "transformers.models.auto.configuration_auto", "transformers.models.auto.modeling_auto"
+_WATCHED = {_CONFIGS, _MODELS, "ngpt.config", "ngpt.layers", "ngpt.model"} | {
+    f"transformers.{name}" for name in ("configuration_utils", "generation.utils", "modeling_layers", "modeling_utils")
+}
 
 
 def check_installed() -> None:
@@ -30,38 +39,68 @@ def check_installed() -> None:
         )  # fmt: skip
 
 
-def register_config(_module: Any) -> None:
-    """Called with the module that was just imported: transformers' `configuration_auto`, or `ngpt.config`."""
-    if _usable("ngpt.config", "NGPTConfig"):
+def register() -> None:
+    """Make transformers' Auto classes, as far as they are loaded, know ours. A transformers that does not fit is left alone."""
+    if _CONFIGS in sys.modules and _installed("torch") and _new_enough():
         from transformers import AutoConfig
 
         from ngpt.config import NGPTConfig
 
         AutoConfig.register("ngpt", NGPTConfig, exist_ok=True)
+        if _MODELS in sys.modules:
+            _register_models(NGPTConfig)
 
 
-def register_models(_module: Any) -> None:
-    """Called with the module that was just imported: transformers' `modeling_auto`, or `ngpt.model`."""
-    if _usable("ngpt.model", "NGPTForTokenClassification"):
-        import transformers
+def _register_models(config: type) -> None:
+    import transformers
 
-        from ngpt import model
-        from ngpt.config import NGPTConfig
+    from ngpt import model
 
-        for auto, kind in (
-            (transformers.AutoModel, model.NGPTModel),
-            (transformers.AutoModelForCausalLM, model.NGPTForCausalLM),
-            (transformers.AutoModelForSequenceClassification, model.NGPTForSequenceClassification),
-            (transformers.AutoModelForTokenClassification, model.NGPTForTokenClassification),
-        ):
-            auto.register(NGPTConfig, kind, exist_ok=True)
+    for auto, kind in (
+        (transformers.AutoModel, model.NGPTModel),
+        (transformers.AutoModelForCausalLM, model.NGPTForCausalLM),
+        (transformers.AutoModelForSequenceClassification, model.NGPTForSequenceClassification),
+        (transformers.AutoModelForTokenClassification, model.NGPTForTokenClassification),
+    ):
+        auto.register(config, kind, exist_ok=True)
 
 
-def _usable(module: str, last: str) -> bool:
-    """Whether our classes can be loaded: False beside a transformers that does not fit, which is left alone, and while our own
-    module is still being imported (it has not got as far as `last`); this is called again when it is complete."""
-    ours = sys.modules.get(module)
-    return _installed("torch") and _new_enough() and (ours is None or hasattr(ours, last))
+def watch_imports() -> None:
+    """Register what is loaded already, and the rest when it is."""
+    if not any(isinstance(finder, _Watch) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watch())
+        register()
+
+
+class _Watch(MetaPathFinder):
+    """Finds the watched modules where Python would, and calls `register` when they have run."""
+
+    def __init__(self) -> None:
+        self.halfway: set[str] = set()
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path) if name in _WATCHED else None
+        if spec is not None and spec.loader is not None:
+            self._watch(spec.loader, name)
+        return spec
+
+    def _watch(self, loader: Loader, name: str) -> None:
+        """Replace the method of this one loader, so that the module keeps the loader it would have."""
+        run = loader.exec_module
+
+        def run_watched(module: ModuleType) -> None:
+            if module.__name__ != name:  # some loaders serve several modules
+                run(module)
+                return
+            self.halfway.add(name)
+            try:
+                run(module)
+            finally:
+                self.halfway.discard(name)
+            if not self.halfway:
+                register()
+
+        loader.exec_module = run_watched  # type: ignore[method-assign]
 
 
 def _new_enough() -> bool:

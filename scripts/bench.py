@@ -27,7 +27,7 @@ def _prompt(vocabulary: int) -> list[int]:
     return [3 + (i * 7919) % (vocabulary - 3) for i in range(PROMPT_TOKENS)]
 
 
-def _torch(folder: Path) -> tuple[Callable[[], None], Callable[[], None]]:
+def _torch(folder: Path) -> tuple[Callable[[], object], Callable[[], object]]:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -42,7 +42,7 @@ def _torch(folder: Path) -> tuple[Callable[[], None], Callable[[], None]]:
     )
 
 
-def _engine(folder: Path) -> tuple[Callable[[], None], Callable[[], None]]:
+def _engine(folder: Path) -> tuple[Callable[[], object], Callable[[], object]]:
     from engines import load_engine
 
     engine = load_engine(folder, num_slots=1)
@@ -53,7 +53,7 @@ def _engine(folder: Path) -> tuple[Callable[[], None], Callable[[], None]]:
     )
 
 
-def _genai(folder: Path) -> tuple[Callable[[], None], Callable[[], None]]:
+def _genai(folder: Path) -> tuple[Callable[[], object], Callable[[], object]]:
     import onnxruntime_genai as og
 
     model = og.Model(str(folder))
