@@ -33,6 +33,7 @@ from ngpt.weights import Weights
 Progress = Callable[[str, float], None]
 """Called as progress(what is being done, fraction done of all)."""
 ONNX_NAME, PLAN_NAME = "model.onnx", "model.engine"
+MAX_NAME = 200
 _NUMPY = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.125, "fp8": 1.0, "int4": 0.625}
 
@@ -59,6 +60,7 @@ def build_engine(
     Raises the checkpoint's errors, TargetError (unknown, or a card the model does not fit), OutputExistsError, MissingPackageError,
     BuildError (disk full, output not writable, refused by the runtime's builder).
     """
+    engine_name(name, checkpoint)  # refused before anything is read
     chosen = with_kv_cache(choose_target(target, precision), kv_cache)
     folder, report = Path(output), progress or (lambda what, done: None)
     if chosen.runtime == "tensorrt_llm":
@@ -76,11 +78,13 @@ def build_engine(
         if chosen.gpu is not None:
             check_fits(opened.spec, chosen)
         opened.validate(lambda done, total, what: report(f"checking {what}", 0.2 * done / max(total, 1)))
-        with new_folder(folder, needed=_estimate(opened, chosen)) as work:
+        # While it is verified, a second graph with outputs for its hidden states lies beside the first.
+        graphs = 2 if verify and chosen.on_onnx else 1
+        with new_folder(folder, needed=_estimate(opened, chosen) * graphs) as work:
             flags = _write_network(opened, chosen, library, work, lambda what, part: report(what, 0.2 + 0.5 * part))
             for path in opened.tokenizer_files:
                 shutil.copyfile(path, work / path.name)
-            manifest = describe(opened, chosen, library, name or Path(checkpoint).resolve().name, flags)
+            manifest = describe(opened, chosen, library, engine_name(name, checkpoint), flags)
             finish(work, manifest)
             if verify and runs_here(chosen):
                 report("verifying against PyTorch", 0.75)
@@ -226,6 +230,18 @@ def describe(checkpoint: Checkpoint, target: Target, library: Library | None, na
         "files": {},
         "parity": None,
     }
+
+
+def engine_name(name: str | None, checkpoint: str | Path) -> str:
+    """The name as it was given, or that of the checkpoint's folder. Raises BuildError for one that cannot be shown."""
+    if name is None:
+        return "".join(letter if letter.isprintable() else "?" for letter in Path(checkpoint).resolve().name) or "ngpt"
+    if not name or len(name) > MAX_NAME or not name.isprintable():
+        raise BuildError(
+            "the engine's name", expected=f"1 to {MAX_NAME} characters that can be printed", found=ascii(name)[:80],
+            remedy="choose another --name",
+        )  # fmt: skip
+    return name
 
 
 def _prefixed(digest: str) -> str:

@@ -19,6 +19,7 @@ from ngpt.errors import CheckpointError, ConfigError, TargetError
 from ngpt.spec import NGPTSpec
 from ngpt.strict_json import MAX_CONFIG_BYTES, read_json
 
+MOST = (1 << 31) - 1
 MOST_RANKS = 64
 """The largest tensor-parallel degree that is considered."""
 
@@ -129,6 +130,9 @@ def capacity(spec: NGPTSpec, target: Target, concurrency: int, context: int, ran
             f"the target {target.name} has no GPU to plan for", expected="one of " + ", ".join(gpus), found=target.name,
             remedy="choose another --target",
         )  # fmt: skip
+    for name, value in (("concurrency", concurrency), ("context", context)):
+        if not 1 <= value <= MOST:
+            raise TargetError(f"--{name}", expected=f"1 to {MOST}", found=str(value)[:80])
     if context > spec.max_length:
         raise TargetError(
             "the context is longer than the model's", expected=f"at most {spec.max_length} tokens", found=str(context),

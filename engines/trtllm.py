@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import export.trtllm
-from engines.build import BYTES_PER_WEIGHT, Progress, describe, finish
+from engines.build import BYTES_PER_WEIGHT, Progress, describe, engine_name, finish
 from engines.sizing import check_fits
 from engines.target import Target
 from export.lowerings.tensorrt_layers import ARITHMETIC
@@ -80,7 +80,7 @@ def build_trtllm(
                 version = _run(program, work, arguments, parallel)
                 flags: dict[str, Any] = {"form": target.form, "tp": parallel.tp, "pp": parallel.pp, "kv_cache": target.kv_cache}
                 flags["trtllm_build"] = arguments
-                manifest = describe(opened, target, None, name or Path(checkpoint).resolve().name, flags)
+                manifest = describe(opened, target, None, engine_name(name, checkpoint), flags)
                 manifest["graph"] = "engine/rank0.engine"
                 manifest["tools"]["tensorrt_llm"] = version
                 finish(work, manifest)

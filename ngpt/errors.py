@@ -148,6 +148,7 @@ _OS_REMEDIES = {
     errno.EEXIST: "choose another name, or remove what is there",
     errno.ELOOP: "remove the link that leads back to itself",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENOMEM: "close other programs, or use a machine with more memory",
     errno.EPIPE: "read the output to its end, or write it to a file",
     errno.EIO: "see whether the disk is sound",
 }

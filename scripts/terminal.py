@@ -79,7 +79,9 @@ def fail(command: str, error: BaseException) -> int:
     elif isinstance(error, OSError):
         found, remedy = os_trouble(error)
         text = f"{found}. {remedy[0].upper()}{remedy[1:]}"
-    elif isinstance(error, MemoryError):
+    elif isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    ):  # the latter: torch
         text = "there is not enough memory. Close other programs, or use a machine with more"
     elif isinstance(error, ModuleNotFoundError) and (extra := _EXTRAS.get(str(error.name).split(".")[0])):
         text = str(missing_package(f"this needs the package {error.name}", extra))

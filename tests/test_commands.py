@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import ngpt
+from engines.build import engine_name
 from ngpt.errors import missing_package
 from scripts.cli import main
 from scripts.terminal import _EXTRAS, harmless, plain
@@ -270,6 +271,16 @@ def test_generate_checks_its_options_before_anything_else(where, option, capsys)
     assert err.count("\n") == 1 and name[2:].replace("-", "_") in err and "expected" in err
 
 
+@pytest.mark.parametrize("name", ["", "a\x1b[31m", "x" * 201, "a\udcff"])
+def test_a_name_that_cannot_be_shown_is_refused(name, tmp_path, capsys):
+    assert main(["build", "--checkpoint", str(TINY), "--output", str(tmp_path / "out"), "--name", name]) == 2
+    assert "the engine's name" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_whose_name_cannot_be_shown_gives_one_that_can():
+    assert engine_name(None, "/models/a\x1bb\udcff") == "a?b?" and engine_name(None, "/") == "ngpt"
+
+
 def test_arguments_that_are_not_text_are_refused_in_words(tiny_engine_folder, capsys):
     for where in (["--url", "127.0.0.1:1"], ["--engine", str(tiny_engine_folder)]):
         assert main(["generate", "a\udcffb", *where]) == 2
@@ -314,11 +325,11 @@ def waiting(name, engine, folder):
     return process
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("name", WAITS)
+@pytest.mark.parametrize(
+    ("name", "number", "code"),
+    [*((name, signal.SIGTERM, 143) for name in WAITS), ("package", signal.SIGHUP, 129), ("package", signal.SIGINT, 130)],
+)
 def test_a_signal_cleans_up(name, number, code, tiny_engine_folder, tmp_path):
-    if number != signal.SIGTERM and name != "package":
-        pytest.skip("one command is enough for the other signals")
     process = waiting(name, tiny_engine_folder, tmp_path)
     assert len(list(tmp_path.iterdir())) == (name != "generate")
     process.send_signal(number)
