@@ -1,4 +1,4 @@
-# make demo | make test | make check | make bench | make gpu-check
+# make demo | make test | make check | make matrix | make bench | make gpu-check
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE := 1
 
-.PHONY: env demo test check format bench gpu-check freeze clean
+.PHONY: env demo test check matrix matrix-newest format bench gpu-check freeze clean
 
 env: $(STAMP)
 
@@ -14,7 +14,7 @@ env: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[onnx,rtx,serve,genai,openvino,dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[torch,onnx,rtx,serve,genai,openvino,dev]'
 	touch $@
 
 demo: env
@@ -27,6 +27,13 @@ check: env
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The model's tests and a build against the lowest and the newest transformers and ONNX Runtime that pyproject.toml allows.
+matrix:
+	$(PYTHON) scripts/matrix.py
+
+matrix-newest:
+	$(PYTHON) scripts/matrix.py newest
 
 format: env
 	$(BIN)/ruff format .

@@ -26,6 +26,7 @@ from export.lowerings.tensorrt_library import Library, load_library
 from export.trtllm.parallel import Parallel
 from export.weights import DeployedWeights
 from ngpt.checkpoint import Checkpoint, open_checkpoint
+from ngpt.checkpoint.base import OffSphere
 from ngpt.errors import BuildError, TargetError, os_trouble
 from ngpt.folder import check_free, new_folder
 from ngpt.weights import Weights
@@ -49,6 +50,7 @@ def build_engine(
     tp: int = 1,
     pp: int = 1,
     kv_cache: str = "auto",
+    off_sphere: OffSphere = "refuse",
     progress: Progress | None = None,
 ) -> Path:
     """Build the engine of a checkpoint for a target; returns the folder.
@@ -56,7 +58,8 @@ def build_engine(
     An engine that fails parity is still written, with the verdict in its manifest: the report says where it parts ways.
     Target "auto" is the one of this machine's GPU, or the default where there is none; `precision` is one that the target
     offers. Verified where the engine can run on this machine. `tp` and `pp` divide it among GPUs, and
-    `kv_cache` "fp8" halves the cache (TensorRT-LLM targets alone, which `engines.trtllm` builds).
+    `kv_cache` "fp8" halves the cache (TensorRT-LLM targets alone, which `engines.trtllm` builds). `off_sphere` "allow" builds what the
+    file says where its matrices are far from unit norm. What is unusual about the checkpoint is logged as a warning, and recorded.
     Raises the checkpoint's errors, TargetError (unknown, or a card the model does not fit), OutputExistsError, MissingPackageError,
     BuildError (disk full, output not writable, refused by the runtime's builder).
     """
@@ -66,7 +69,7 @@ def build_engine(
     if chosen.runtime == "tensorrt_llm":
         from engines.trtllm import build_trtllm
 
-        return build_trtllm(checkpoint, chosen, folder, Parallel(tp, pp), name=name, progress=progress)
+        return build_trtllm(checkpoint, chosen, folder, Parallel(tp, pp), name=name, off_sphere=off_sphere, progress=progress)
     if (tp, pp) != (1, 1):
         raise TargetError(
             f"the target {chosen.name} is one GPU's", expected="--tp 1 --pp 1", found=f"--tp {tp} --pp {pp}",
@@ -74,10 +77,11 @@ def build_engine(
         )  # fmt: skip
     library = None if chosen.on_onnx else load_library(chosen.runtime)  # refused before anything is read
     check_free(folder)
-    with open_checkpoint(checkpoint) as opened:
+    with open_checkpoint(checkpoint, off_sphere=off_sphere) as opened:
         if chosen.gpu is not None:
             check_fits(opened.spec, chosen)
         opened.validate(lambda done, total, what: report(f"checking {what}", 0.2 * done / max(total, 1)))
+        opened.report_notes()
         # While it is verified, a second graph with outputs for its hidden states lies beside the first.
         graphs = 2 if verify and chosen.on_onnx else 1
         with new_folder(folder, needed=_estimate(opened, chosen) * graphs) as work:
@@ -144,7 +148,12 @@ def arithmetic(precision: str, on_onnx: bool) -> str:
 
 
 def verify_folder(
-    folder: Path, checkpoint: Checkpoint, *, decode_steps: int = 64, report: Path | None = None, scratch: Path | None = None
+    folder: Path,
+    checkpoint: Checkpoint,
+    *,
+    decode_steps: int | None = None,
+    report: Path | None = None,
+    scratch: Path | None = None,
 ) -> dict[str, Any]:
     """Parity of the engine in `folder` with its checkpoint: writes parity.json and parity.html to `report` (default: the
     engine's folder) and returns the summary with the verdict. `scratch`: where a second graph as large as the first may lie meanwhile.
@@ -226,7 +235,7 @@ def describe(checkpoint: Checkpoint, target: Target, library: Library | None, na
         "graph": ONNX_NAME if target.on_onnx else PLAN_NAME,
         "digests": {"weights": checkpoint.digest(), "spec": _prefixed(spec.digest()), "code": code_digest()},
         "tools": tools,
-        "flags": flags,
+        "flags": flags | ({"checkpoint_notes": list(checkpoint.notes)} if checkpoint.notes else {}),
         "files": {},
         "parity": None,
     }

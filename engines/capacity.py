@@ -16,8 +16,8 @@ from typing import Any
 from engines.sizing import RESERVE, activation_bytes, cache_bytes_per_token, table_bytes, weight_bytes
 from engines.target import Target, load_targets
 from ngpt.errors import CheckpointError, ConfigError, TargetError
+from ngpt.files import MAX_CONFIG_BYTES, contained, exists, kind_of, read_json
 from ngpt.spec import NGPTSpec
-from ngpt.strict_json import MAX_CONFIG_BYTES, read_json
 
 MOST = (1 << 31) - 1
 MOST_RANKS = 64
@@ -103,11 +103,8 @@ def read_spec(checkpoint: str | os.PathLike[str] | None) -> NGPTSpec:
     if checkpoint is None:
         return NGPTSpec.from_config({"model_type": "ngpt"})
     path = Path(checkpoint)
-    try:
-        if path.is_dir() and (path / "config.json").is_file():
-            path = path / "config.json"  # the weights do not matter here, nor does the library that would read them
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be looked at", found=error.strerror or str(error)) from error
+    if kind_of(path) == "folder" and exists(path, "config.json"):
+        path = contained(path, "config.json")  # the weights do not matter here, nor does the library that would read them
     if path.suffix == ".json":
         try:
             config = read_json(path, limit=MAX_CONFIG_BYTES)

@@ -32,6 +32,7 @@ from export.trtllm.convert import convert
 from export.trtllm.parallel import Parallel
 from export.weights import DeployedWeights
 from ngpt.checkpoint import Checkpoint, open_checkpoint
+from ngpt.checkpoint.base import OffSphere
 from ngpt.errors import BuildError
 from ngpt.folder import check_free, new_folder
 from ngpt.spec import NGPTSpec
@@ -50,6 +51,7 @@ def build_trtllm(
     parallel: Parallel,
     *,
     name: str | None = None,
+    off_sphere: OffSphere = "refuse",
     progress: Progress | None = None,
 ) -> Path:
     """Make the output folder, whole or not at all; it has a manifest.json if trtllm-build ran.
@@ -59,9 +61,10 @@ def build_trtllm(
     """
     report = progress or (lambda what, done: None)
     check_free(folder)
-    with open_checkpoint(checkpoint) as opened:
+    with open_checkpoint(checkpoint, off_sphere=off_sphere) as opened:
         _check(opened.spec, target, parallel)
         opened.validate(lambda done, total, what: report(f"checking {what}", 0.2 * done / max(total, 1)))
+        opened.report_notes()
         program = shutil.which(_PROGRAM)
         with new_folder(folder, needed=_bytes(opened, target) * (1 if program is None else 3)) as work:
             (work / "checkpoint").mkdir()

@@ -11,6 +11,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 POSITION_CODES = ("rope", "research")
+_WHOLE = (int, int | None, int | list[int] | None)
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
@@ -72,6 +73,14 @@ class NGPTConfig(PreTrainedConfig):
     mlp_norm_eps: int | float = 1e-6
     sz_folded: bool = False
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "NGPTConfig":
+        """As transformers' own, from what other tools write too: 128.0 for 128, -1 for no token, an older name of a rope type."""
+        plain = {key: _plain(key, value) for key, value in config_dict.items()}
+        if plain.get("use_sliding_window") is False:
+            plain.pop("sliding_window", None)  # transformers' caches would read it all the same
+        return super().from_dict(plain, **kwargs)
+
     def __post_init__(self, **kwargs: Any) -> None:
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
@@ -98,6 +107,27 @@ class NGPTConfig(PreTrainedConfig):
             raise ValueError(f"position_code must be one of {POSITION_CODES}, found {self.position_code!r}")
         if self.sz_folded and self.tie_word_embeddings:
             raise ValueError("sz_folded needs a head of its own: tie_word_embeddings must be false")
+        if getattr(self, "sliding_window", None):
+            raise ValueError(f"sliding_window must be null: attention is over all tokens, found {self.sliding_window!r}")
+        kinds = getattr(self, "layer_types", None) or ()
+        if any(kind != "full_attention" for kind in kinds):
+            raise ValueError(f"layer_types must all be 'full_attention', found {sorted(set(map(str, kinds)))!r}")
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         if rope_type not in ROPE_TYPES:
             raise ValueError(f"rope_type must be one of {ROPE_TYPES}, found {rope_type!r}")
+
+
+def _plain(key: str, value: Any) -> Any:
+    """One value of a config.json, without the habits of other tools."""
+    if NGPTConfig.__annotations__.get(key) in _WHOLE:
+        value = [_whole(each) for each in value] if isinstance(value, list) else _whole(value)
+    if key in ("bos_token_id", "eos_token_id", "pad_token_id") and value == -1:
+        return None
+    if key not in ("rope_scaling", "rope_parameters") or not isinstance(value, dict):
+        return value
+    kept = {name: each for name, each in value.items() if name != "finetuned" and (name != "attn_factor" or each != 1)}
+    return kept | {name: "longrope" for name in ("type", "rope_type") if kept.get(name) == "su"}
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -28,21 +28,25 @@ from __future__ import annotations
 
 import errno
 import re
+import reprlib
 from importlib import metadata
+
+MAX_TEXT = 4000  # characters of one part of an error
 
 
 class NGPTDeployError(Exception):
     """An error with four parts: what went wrong, what was expected, what was found, what to do.
 
-    ``str(error)`` reads "what: expected X, found Y. remedy"; parts that are empty are left out.
+    ``str(error)`` reads "what: expected X, found Y. remedy"; parts that are empty are left out. Each part is `plain`:
+    names and paths from outside may stand in it as they are.
     """
 
     def __init__(self, what: str, *, expected: str = "", found: str = "", remedy: str = "") -> None:
         super().__init__(what)
-        self.what = what
-        self.expected = expected
-        self.found = found
-        self.remedy = remedy
+        self.what = plain(what)
+        self.expected = plain(expected)
+        self.found = plain(found)
+        self.remedy = plain(remedy)
 
     def __str__(self) -> str:
         facts = [f"expected {self.expected}"] if self.expected else []
@@ -164,3 +168,40 @@ def os_trouble(error: OSError) -> tuple[str, str]:
     text = error.strerror or str(error) or type(error).__name__
     named = error.filename is not None and error.errno not in _ON_WRITING
     return (f"{text}: {error.filename}" if named else text), remedy
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """`repr` for error texts: one line of about ``limit`` characters, whatever the value and however it was nested."""
+    text = _Bounded(limit).repr(value)
+    return text if len(text) <= 2 * limit else text[: 2 * limit] + "..."
+
+
+def plain(text: str, limit: int = MAX_TEXT) -> str:
+    """The text without what a terminal would obey or refuse: control characters and lone surrogates are escaped."""
+    if len(text) > limit:
+        text = f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+class _Bounded(reprlib.Repr):
+    """Few entries of few levels: shared lists in lists would take `repr` a time and memory exponential in the file's size."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = 4
+        self.maxstring = self.maxother = limit
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Digits up to 128 bits; the time of turning them into text grows with their square."""
+        return repr(x) if x.bit_length() <= 128 else f"a whole number of {x.bit_length()} bits"
+
+    def repr_instance(self, x: object, level: int) -> str:
+        """Short representations of plain values; of anything else its type, whose own `repr` may do anything."""
+        if x is None or isinstance(x, bool | float | complex):
+            return repr(x)
+        if isinstance(x, bytes | bytearray):
+            return self.repr_str(x[: self.maxstring].decode("latin-1"), level)
+        return f"<{type(x).__name__}>"

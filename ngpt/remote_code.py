@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from ngpt.errors import ConfigError
+from ngpt.errors import ConfigError, shown
 
 AUTO_MAP = {
     "AutoConfig": "config.NGPTConfig",
@@ -26,7 +26,7 @@ def add_code(folder: str | Path) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read", found=str(error), remedy="save the model there first") from error
     if config.get("model_type") != "ngpt":
-        raise ConfigError(f"{path} is not an nGPT config", expected='model_type "ngpt"', found=repr(config.get("model_type")))
+        raise ConfigError(f"{path} is not an nGPT config", expected='model_type "ngpt"', found=shown(config.get("model_type")))
     for name in CODE:
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
     config["auto_map"] = AUTO_MAP

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ngpt.errors import ConfigError, UnsupportedError
+from ngpt.checks import is_finite, is_one
+from ngpt.errors import ConfigError, UnsupportedError, shown
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 REFUSED_ROPE_TYPES = {
@@ -24,6 +25,7 @@ REFUSED_ROPE_TYPES = {
     "longrope": "its frequencies depend on the running length",
     "custom_wavelengths": "its definition was never published",
 }
+_OLDER_NAMES = {"su": "longrope"}
 _COMMON_KEYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 _ORIGINAL_LENGTH = "original_max_position_embeddings"
 _TYPE_KEYS: dict[str, frozenset[str]] = {
@@ -62,14 +64,15 @@ def rope_from_config(config: Mapping[str, Any], *, head_dim: int, max_length: in
     unknown = sorted(set(params) - _COMMON_KEYS - _TYPE_KEYS[kind])
     if unknown:
         raise ConfigError(
-            f"rope parameter {unknown[0]!r} is unknown for rope_type {kind!r}",
+            f"rope parameter {shown(unknown[0])} is unknown for rope_type {kind!r}",
+            found=f"{shown(unknown[0])}: {shown(params[unknown[0]])}",
             expected="one of " + ", ".join(sorted(_TYPE_KEYS[kind] | _COMMON_KEYS)),
             remedy="remove the key or correct rope_type in config.json",
         )
     theta = _number(params, "rope_theta", 1e6, above=0.0)
     fraction = _number(params, "partial_rotary_factor", 1.0, above=0.0)
     if fraction > 1.0:
-        raise ConfigError("partial_rotary_factor", expected="a number in (0, 1]", found=repr(fraction))
+        raise ConfigError("partial_rotary_factor", expected="a number in (0, 1]", found=shown(fraction))
     rotary_dim = int(head_dim * fraction)
     if rotary_dim < 2 or rotary_dim % 2:
         raise ConfigError(
@@ -78,8 +81,36 @@ def rope_from_config(config: Mapping[str, Any], *, head_dim: int, max_length: in
             found=f"{rotary_dim} (head_dim {head_dim}, partial_rotary_factor {fraction:g})",
             remedy="correct head_dim or partial_rotary_factor in config.json",
         )
-    inv_freq, scaling = _frequencies(kind, params, theta, rotary_dim, max_length)
+    try:
+        with np.errstate(all="ignore"):  # what overflows is found in the result, by NGPTSpec
+            inv_freq, scaling = _frequencies(kind, params, theta, rotary_dim, max_length)
+    except (ArithmeticError, ValueError) as error:
+        raise ConfigError(
+            f"the parameters of rope_type {kind!r}", expected="values with finite frequencies", found=shown(dict(params)),
+            remedy="correct them in config.json",
+        ) from error  # fmt: skip
     return Rope(kind, theta, rotary_dim, tuple(float(w) for w in inv_freq), scaling)
+
+
+def tidy_rope(block: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """(a rope block with today's names and without what says nothing, the keys that were left out).
+
+    Left out: ``finetuned``, a remark about training; ``attn_factor`` 1, another factor on cos and sin (any other value stays, to be
+    refused by name); ``factor`` 1 and the original length of type default.
+    """
+    kept = dict(block)
+    for key in ("type", "rope_type"):
+        if isinstance(kept.get(key), str):
+            kept[key] = _OLDER_NAMES.get(kept[key], kept[key])
+    plain = kept.get("rope_type", kept.get("type", "default")) == "default"
+    foreign = [
+        key
+        for key, value in kept.items()
+        if key == "finetuned"
+        or (key == "attn_factor" and is_one(value))
+        or (plain and ((key == "factor" and is_one(value)) or key == _ORIGINAL_LENGTH))
+    ]
+    return {key: value for key, value in kept.items() if key not in foreign}, tuple(foreign)
 
 
 def research_inv_freq(head_dim: int) -> tuple[float, ...]:
@@ -108,9 +139,9 @@ def _merged_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     def add(key: str, value: Any, where: str) -> None:
         if key in merged and merged[key] != value:
             raise ConfigError(
-                f"config.json states {key} twice with different values",
-                expected=f"one value ({origin[key]} says {merged[key]!r})",
-                found=f"{where} says {value!r}",
+                f"config.json states {shown(key)} twice with different values",
+                expected=f"one value ({origin[key]} says {shown(merged[key])})",
+                found=f"{where} says {shown(value)}",
                 remedy="keep one spelling",
             )
         merged[key] = value
@@ -121,11 +152,11 @@ def _merged_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
         if given is None:
             continue
         if not isinstance(given, Mapping):
-            raise ConfigError(block, expected="an object or null", found=repr(given))
-        for key, value in given.items():
+            raise ConfigError(block, expected="an object or null", found=shown(given))
+        for key, value in tidy_rope(given)[0].items():
             if isinstance(value, Mapping):
                 raise ConfigError(
-                    f"{block}.{key}", expected="a single value", found="an object",
+                    f"{block}.{shown(key)}", expected="a single value", found="an object",
                     remedy="per-layer rope parameters do not exist in nGPT",
                 )  # fmt: skip
             if value is not None:
@@ -145,8 +176,8 @@ def _rope_type(params: Mapping[str, Any]) -> str:
             found=kind,
             remedy="run this checkpoint through the PyTorch model if it supports the type, or retrain",
         )
-    if kind not in ROPE_TYPES:
-        raise ConfigError("rope_type", expected="one of " + ", ".join(ROPE_TYPES), found=repr(kind))
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        raise ConfigError("rope_type", expected="one of " + ", ".join(ROPE_TYPES), found=shown(kind))
     return str(kind)
 
 
@@ -154,10 +185,10 @@ def _number(params: Mapping[str, Any], key: str, default: float | None, *, above
     value = params.get(key, default)
     if value is None:
         raise ConfigError(f"rope parameter {key!r} is missing", expected="a number", remedy="add it to config.json")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"rope parameter {key!r}", expected="a finite number", found=repr(value))
+    if not is_finite(value):
+        raise ConfigError(f"rope parameter {key!r}", expected="a finite number", found=shown(value))
     if above is not None and value <= above:
-        raise ConfigError(f"rope parameter {key!r}", expected=f"a number above {above:g}", found=repr(value))
+        raise ConfigError(f"rope parameter {key!r}", expected=f"a number above {above:g}", found=shown(value))
     return float(value)
 
 
@@ -214,7 +245,7 @@ def _yarn(
     first, last = channel(fast), channel(slow)
     truncate = params.get("truncate", True)
     if not isinstance(truncate, bool):
-        raise ConfigError("rope parameter 'truncate'", expected="true or false", found=repr(truncate))
+        raise ConfigError("rope parameter 'truncate'", expected="true or false", found=shown(truncate))
     if truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, dim - 1)

@@ -14,7 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from ngpt.errors import ConfigError, UnsupportedError
+from ngpt.checks import is_finite, is_whole
+from ngpt.config_keys import DEFAULTS, tidy
+from ngpt.errors import ConfigError, UnsupportedError, shown
 from ngpt.rope import Rope, research_inv_freq, rope_from_config
 
 Activation = Literal["relu2", "relu", "silu", "gelu", "gelu_tanh"]
@@ -32,62 +34,6 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_tanh": "gelu_tanh",
 }
-
-# The 8B model's values: what an absent key means.
-DEFAULTS: dict[str, Any] = {
-    "vocab_size": 131072,
-    "hidden_size": 4096,
-    "intermediate_size": 21504,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "hidden_act": "relu2",
-    "max_position_embeddings": 8192,
-    "initializer_range": 0.014,
-    "rope_theta": 1000000.0,
-    "rope_scaling": None,
-    "rope_parameters": None,
-    "partial_rotary_factor": 1.0,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "attention_dropout": 0.0,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-    "use_cache": True,
-    "sqk_init_value": 1.0,
-    "attn_alpha_init_value": 0.05,
-    "suv_init_value": 1.0,
-    "suv_init_scaling": 1.0,
-    "mlp_alpha_init_value": 0.05,
-    "sz_init_value": 1.0,
-    "position_code": "rope",
-    "gated_mlp": False,
-    "mlp_norm_eps": 1e-6,
-    "sz_folded": False,
-}
-
-# Keys that transformers writes into any config and that say nothing about the network.
-BOOKKEEPING_KEYS = frozenset(
-    {
-        "model_type", "architectures", "auto_map", "_name_or_path", "_commit_hash",
-        "transformers_version", "torch_dtype", "dtype", "use_bfloat16", "torchscript",
-        "return_dict", "output_hidden_states", "output_attentions", "attn_implementation",
-        "_attn_implementation", "_attn_implementation_autoset", "experts_implementation",
-        "is_encoder_decoder", "is_decoder", "add_cross_attention", "cross_attention_hidden_size",
-        "tie_encoder_decoder", "tokenizer_class", "prefix", "finetuning_task",
-        "task_specific_params", "problem_type", "id2label", "label2id", "num_labels",
-        "chunk_size_feed_forward", "pruned_heads", "sep_token_id", "decoder_start_token_id",
-        "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
-        "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
-        "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
-        "num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id",
-        "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty",
-        "suppress_tokens", "begin_suppress_tokens", "tf_legacy_loss", "use_return_dict",
-    }
-)  # fmt: skip
 
 # Bounds keep a hostile config from asking for tables of billions of entries. They are far above any real model.
 _LIMITS = {
@@ -163,7 +109,7 @@ class NGPTSpec:
                 remedy="fold the scales of the original checkpoint: that unties the head",
             )
         if self.mlp not in get_args(Activation):
-            raise ConfigError("mlp activation", expected=", ".join(get_args(Activation)), found=repr(self.mlp))
+            raise ConfigError("mlp activation", expected=", ".join(get_args(Activation)), found=shown(self.mlp))
         if self.position == "research" and (
             self.num_kv_heads != self.num_heads or self.rotary_dim != self.head_dim or self.rope_attention_scaling != 1.0
         ):
@@ -172,6 +118,9 @@ class NGPTSpec:
                 expected="multi-head attention with every channel encoded and no rope scaling",
                 found=f"{self.num_heads} heads on {self.num_kv_heads}, {self.rotary_dim} of {self.head_dim} channels",
             )
+        scales = [field.name for field in dataclasses.fields(self) if field.name.endswith(("_scale", "_scaling"))]
+        if endless := [name for name in scales if not math.isfinite(getattr(self, name))]:
+            raise ConfigError(endless[0], expected="a finite factor", remedy="correct the init values in config.json")
         token_ids = {"bos_token_id": self.bos_token_id, "pad_token_id": self.pad_token_id}
         token_ids |= {f"eos_token_id[{i}]": token for i, token in enumerate(self.eos_token_ids)}
         for name, token in token_ids.items():
@@ -179,7 +128,7 @@ class NGPTSpec:
                 raise ConfigError(
                     name,
                     expected=f"a token id below vocab_size ({self.vocab_size})",
-                    found=str(token),
+                    found=shown(token),
                     remedy="correct the token id or vocab_size in config.json",
                 )
 
@@ -187,9 +136,11 @@ class NGPTSpec:
     def from_config(cls, config: Mapping[str, Any]) -> NGPTSpec:
         """Interpret ``config.json``'s dict; both rope spellings; absent keys take the 8B model's values.
 
-        Raises `ConfigError` naming the key (not nGPT, unknown, wrong type, contradictory), `UnsupportedError`.
+        Keys that change nothing are passed over: `ngpt.config_keys.tidy` says which. Raises `ConfigError` naming the key
+        (not nGPT, unknown, wrong type, contradictory), `UnsupportedError`.
         """
-        _check_keys(config)
+        _check_kind(config)
+        config, _ = tidy(config)
         sizes = {key: _size(config, key) for key in _LIMITS if key != "head_dim"}
         head_dim = _head_dim(config, sizes["hidden_size"], sizes["num_attention_heads"])
         r = _scale(config, "initializer_range", nonzero=True)
@@ -205,7 +156,7 @@ class NGPTSpec:
         _flag(config, "use_cache")
         eps = _scale(config, "mlp_norm_eps")
         if eps < 0:
-            raise ConfigError("mlp_norm_eps", expected="0 or more", found=repr(eps))
+            raise ConfigError("mlp_norm_eps", expected="0 or more", found=shown(eps))
         return cls(
             vocab_size=sizes["vocab_size"],
             hidden_size=sizes["hidden_size"],
@@ -249,27 +200,19 @@ class NGPTSpec:
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
-def _check_keys(config: Mapping[str, Any]) -> None:
+def _check_kind(config: Mapping[str, Any]) -> None:
     kind = config.get("model_type")
     if kind != "ngpt":
         raise ConfigError(
             "this is not an nGPT checkpoint: model_type",
             expected="'ngpt'",
-            found=repr(kind) if kind is not None else "no model_type",
+            found=shown(kind) if kind is not None else "no model_type",
             remedy="point at the folder of an nGPT model, or at a research ckpt.pt",
         )
     if config.get("quantization_config") is not None:
         raise UnsupportedError(
             "quantization_config: checkpoints that are already quantised are not read",
             remedy="start from the original weights; the export quantises",
-        )
-    unknown = sorted(set(config) - set(DEFAULTS) - BOOKKEEPING_KEYS - {"quantization_config"})
-    if unknown:
-        raise ConfigError(
-            f"config.json has an unknown key {unknown[0]!r}" + (f" (and {unknown[1:]})" if unknown[1:] else ""),
-            expected="keys of the nGPT configuration only",
-            found=f"{unknown[0]} = {config[unknown[0]]!r}"[:200],
-            remedy="remove the key if it has no effect; if it has, this network is not the nGPT known here",
         )
 
 
@@ -281,9 +224,9 @@ def _size(config: Mapping[str, Any], key: str) -> int:
     value = _value(config, key)
     if key == "num_key_value_heads" and value is None:
         value = _value(config, "num_attention_heads")
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LIMITS[key]:
-        raise ConfigError(key, expected=f"a whole number from 1 to {_LIMITS[key]}", found=repr(value))
-    return value
+    if not is_whole(value) or not 1 <= value <= _LIMITS[key]:
+        raise ConfigError(key, expected=f"a whole number from 1 to {_LIMITS[key]}", found=shown(value))
+    return int(value)
 
 
 def _head_dim(config: Mapping[str, Any], hidden: int, heads: int) -> int:
@@ -301,46 +244,48 @@ def _head_dim(config: Mapping[str, Any], hidden: int, heads: int) -> int:
 
 def _scale(config: Mapping[str, Any], key: str, *, nonzero: bool = False) -> float:
     value = _value(config, key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(key, expected="a finite number", found=repr(value))
+    if not is_finite(value):
+        raise ConfigError(key, expected="a finite number", found=shown(value))
     if nonzero and value <= 0:
-        raise ConfigError(key, expected="a number above 0 (it divides the scales)", found=repr(value))
+        raise ConfigError(key, expected="a number above 0 (it divides the scales)", found=shown(value))
     return float(value)
 
 
 def _flag(config: Mapping[str, Any], key: str) -> bool:
     value = _value(config, key)
     if not isinstance(value, bool):
-        raise ConfigError(key, expected="true or false", found=repr(value))
+        raise ConfigError(key, expected="true or false", found=shown(value))
     return value
 
 
 def _choice(config: Mapping[str, Any], key: str, allowed: tuple[str, ...]) -> str:
     value = _value(config, key)
     if not isinstance(value, str) or value not in allowed:
-        raise ConfigError(key, expected="one of " + ", ".join(allowed), found=repr(value))
+        raise ConfigError(key, expected="one of " + ", ".join(allowed), found=shown(value))
     return value
 
 
 def _token(config: Mapping[str, Any], key: str) -> int | None:
     value = _value(config, key)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise ConfigError(key, expected="a token id or null", found=repr(value))
+    if value is not None and not is_whole(value):
+        raise ConfigError(key, expected="a token id or null", found=shown(value))
     return value
 
 
 def _eos_tokens(config: Mapping[str, Any]) -> tuple[int, ...]:
     value = _value(config, "eos_token_id")
     ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
-    if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
-        raise ConfigError("eos_token_id", expected="a token id, a list of them, or null", found=repr(value))
+    if not all(map(is_whole, ids)):
+        raise ConfigError("eos_token_id", expected="a token id, a list of them, or null", found=shown(value))
     return tuple(ids)
 
 
 def _check_dropout(config: Mapping[str, Any]) -> None:
+    if _value(config, "attention_dropout") is None:
+        return
     value = _scale(config, "attention_dropout")
     if not 0 <= value < 1:
-        raise ConfigError("attention_dropout", expected="a number in [0, 1)", found=repr(value))
+        raise ConfigError("attention_dropout", expected="a number in [0, 1)", found=shown(value))
 
 
 def _research_rope(config: Mapping[str, Any], rope: Rope, head_dim: int) -> Rope:
@@ -353,5 +298,5 @@ def _research_rope(config: Mapping[str, Any], rope: Rope, head_dim: int) -> Rope
         )
     stated = config.get("rope_theta")
     if stated is not None and stated != 10000.0:
-        raise ConfigError("rope_theta", expected="10000 (or absent) with position_code 'research'", found=repr(stated))
+        raise ConfigError("rope_theta", expected="10000 (or absent) with position_code 'research'", found=shown(stated))
     return Rope("default", 10000.0, head_dim, research_inv_freq(head_dim), 1.0)

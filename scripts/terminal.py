@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import math
 import os
 import signal
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from ngpt.errors import ParityFailedError, missing_package, os_trouble
+from ngpt import errors
 
 NAME = "ngpt-deploy"
 _MAX_LINE = 2000  # characters of an error
@@ -24,6 +25,7 @@ _MAX_NOTES = 60  # lines of a log shown below an error
 _EXTRAS = {
     "torch": "torch",
     "transformers": "torch",
+    "safetensors": "torch",
     "onnx": "onnx",
     "onnx_ir": "onnx",
     "ml_dtypes": "onnx",
@@ -46,10 +48,7 @@ def plain(text: object, limit: int = _MAX_LINE) -> str:
     Characters that do not print (control and escape characters, line ends, marks that turn the direction of writing) are spelled out, and
     of a text longer than `limit` characters the middle is left out.
     """
-    whole = str(text)
-    if len(whole) > limit:
-        whole = f"{whole[: limit * 3 // 4]} [...] {whole[-(limit // 4) :]}"
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in whole)
+    return errors.plain(str(text), limit).replace("\n", "\\n")
 
 
 def harmless(text: str) -> str:
@@ -66,25 +65,24 @@ def say(command: str, text: object) -> None:
 def fail(command: str, error: BaseException) -> int:
     """Say in one line what went wrong and what to do; returns the exit code. Notes of the error (a server's log) follow it."""
     from engines.runtime.errors import ServingError
-    from ngpt.errors import NGPTDeployError
 
     code = 2
     if isinstance(error, KeyboardInterrupt):
         number = error.number if isinstance(error, Terminated) else signal.SIGINT
         text, code = f"stopped by {signal.Signals(number).name}", 128 + number
-    elif isinstance(error, NGPTDeployError | ServingError):
-        text, code = str(error), 3 if isinstance(error, ParityFailedError) else 2
+    elif isinstance(error, errors.NGPTDeployError | ServingError):
+        text, code = str(error), 3 if isinstance(error, errors.ParityFailedError) else 2
     elif isinstance(error, BrokenPipeError):
         text = "nobody reads the output any more. Read it to its end, or write it to a file"
     elif isinstance(error, OSError):
-        found, remedy = os_trouble(error)
+        found, remedy = errors.os_trouble(error)
         text = f"{found}. {remedy[0].upper()}{remedy[1:]}"
     elif isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and "allocate memory" in str(error)
     ):  # the latter: torch
         text = "there is not enough memory. Close other programs, or use a machine with more"
     elif isinstance(error, ModuleNotFoundError) and (extra := _EXTRAS.get(str(error.name).split(".")[0])):
-        text = str(missing_package(f"this needs the package {error.name}", extra))
+        text = str(errors.missing_package(f"this needs the package {error.name}", extra))
     else:
         # What ends here is our fault or a library's: the commands' own errors are typed.
         text = f"{type(error).__name__}: {error}. Run it again with --debug and report what that prints"
@@ -109,9 +107,16 @@ def finish_output() -> None:
         raise
 
 
+class _Notes(logging.Handler):
+    """What the packages log, in lines like those of errors."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say("", f"{record.levelname.lower()}: {record.getMessage()}")
+
+
 @contextlib.contextmanager
 def prepared() -> Iterator[None]:
-    """Signals that clean up and warnings in one line, both put back at the end; and text that any terminal's encoding can take."""
+    """Signals that clean up, and warnings and notes in one line, all put back at the end; and text that any terminal's encoding can take."""
     before: dict[int, Any] = {}
     asked = -math.inf
 
@@ -127,6 +132,8 @@ def prepared() -> Iterator[None]:
         with contextlib.suppress(ValueError):
             if number not in before and signal.getsignal(number) == signal.SIG_DFL:
                 before[number] = signal.signal(number, stop)
+    notes, log = _Notes(), logging.getLogger("ngpt")
+    log.addHandler(notes)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: say("", f"warning: {message}")  # type: ignore[assignment]
         for stream in (sys.stdout, sys.stderr):
@@ -135,5 +142,6 @@ def prepared() -> Iterator[None]:
         try:
             yield
         finally:
+            log.removeHandler(notes)
             for number, handler in before.items():
                 signal.signal(number, handler)

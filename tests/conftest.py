@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 TINY = ROOT / "examples" / "ngpt-tiny"
 HF_CASES = ("gqa", "gqa-left-padded", "llama3-rope-bias", "dead-mlp")
-ALL_CASES = (*HF_CASES, "research-checkpoint")
+ALL_CASES = (*HF_CASES, "research-checkpoint", "research-train-py")
 
 
 class Golden:

@@ -64,6 +64,7 @@ def package_checkpoint(
         if not wanted.is_file():
             raise PackagingError(f"{wanted.name} is needed to serve a checkpoint", expected=str(wanted), found="no such file")
     with open_checkpoint(source) as checkpoint:
+        checkpoint.report_notes()
         files = (*checkpoint.files, *checkpoint.tokenizer_files)
     settings = {
         "model": _FOLDER,

@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from ngpt.checkpoint import Checkpoint
-from ngpt.errors import ConfigError, MissingPackageError
+from ngpt.errors import ConfigError, MissingPackageError, shown
 
 TEXTS = (
     "def read_lines(path):\n    with open(path) as file:\n        for line in file:\n",
     "The largest planet in the solar system is",
 )
 _RANDOM_LENGTHS = (5, 33, 128)
+DECODE_STEPS = 64
+_POSITIONS = 100  # of random sequences together, or a model of very short context is judged by a handful of positions
 
 Continue = Callable[[list[int], int], list[int]]
 """(prompt, steps) -> that many further tokens."""
@@ -37,28 +39,42 @@ def make_sequences(
     prompts: Items[str | Items[int]] | None,
     *,
     max_length: int,
-    decode_steps: int,
+    decode_steps: int | None,
     seed: int,
     continue_greedily: Continue,
 ) -> list[Sequence]:
     """Sequences of prompt + ``decode_steps`` tokens, none longer than ``max_length``.
 
+    Without a number of steps there are `DECODE_STEPS`, or half of ``max_length`` where that is less: the other half is the prompt's.
     Given prompts (text, or token ids) are continued by the reference's greedy choice. By default there are three
-    random-token sequences, which visit directions that text never does, and two of text if the checkpoint has a
+    random-token sequences (more where the model's length is short), which visit directions that text never does, and two of text if the checkpoint has a
     tokenizer. Raises `ConfigError` for unusable prompts or lengths.
     """
+    if max_length < 2:
+        raise ConfigError(
+            "the model's length",
+            expected="2 tokens or more, to decode one after another",
+            found=str(max_length),
+            remedy="a model of one token generates nothing; build --no-verify makes its engine unverified",
+        )
+    if decode_steps is None:
+        decode_steps = min(DECODE_STEPS, max_length // 2)
     room = max_length - decode_steps
     if decode_steps < 1 or room < 1:
         raise ConfigError(
             "decode_steps",
             expected=f"1 to {max_length - 1} (the model's length is {max_length})",
             found=str(decode_steps),
+            remedy="leave it out: the number then fits itself to the model",
         )
     vocabulary = checkpoint.spec.vocab_size
     sequences = []
     if prompts is None:
         random = np.random.default_rng(seed)
-        for length in sorted({min(length, room) for length in _RANDOM_LENGTHS}):
+        lengths = sorted({min(length, room) for length in _RANDOM_LENGTHS})
+        more = _POSITIONS - sum(length + decode_steps for length in lengths)
+        lengths += [lengths[-1]] * max(0, -(-more // (lengths[-1] + decode_steps)))
+        for length in lengths:
             drawn = random.integers(0, vocabulary, length + decode_steps)
             sequences.append(Sequence(f"random {length}", tuple(map(int, drawn)), length, is_text=False))
         prompts = TEXTS if _tokenizer_file(checkpoint) else ()
@@ -68,7 +84,7 @@ def make_sequences(
             raise ConfigError(
                 f"parity prompt {number}",
                 expected=f"at least one token id below {vocabulary}",
-                found=str(ids[:8]),
+                found=shown(ids[:8]),
             )
         ids = ids[:room]
         is_text = isinstance(prompt, str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,12 +26,24 @@ DTYPES = {
 
 @contextlib.contextmanager
 def loadable_folder(checkpoint: Checkpoint) -> Iterator[Path]:
-    """A Hugging Face folder with this checkpoint: its own, or a temporary conversion of a research file."""
-    if checkpoint.path.is_dir() and (checkpoint.path / "config.json").is_file():
-        yield checkpoint.path
-        return
-    with tempfile.TemporaryDirectory(prefix="ngpt-parity-") as folder:
-        yield save_hf(checkpoint, Path(folder) / "checkpoint")
+    """A temporary Hugging Face folder with this checkpoint as transformers wants it: a converted research file, or links to the files.
+
+    Its config is the one that was understood, without what other tools left in the original, and its index is complete.
+    """
+    with tempfile.TemporaryDirectory(prefix="ngpt-parity-") as scratch:
+        folder = Path(scratch) / "checkpoint"
+        if not checkpoint.places:
+            yield save_hf(checkpoint, folder)
+            return
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(checkpoint.config), encoding="utf-8")
+        links = {file: f"{number}.safetensors" for number, file in enumerate(checkpoint.files)}
+        for file, link in links.items():
+            (folder / link).symlink_to(file.resolve())
+        weight_map = {name: links[file] for name, file in checkpoint.places.items()}
+        index = {"metadata": {"total_size": sum(file.stat().st_size for file in links)}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+        yield folder
 
 
 class TorchReference:

@@ -49,7 +49,7 @@ def verify(
     checkpoint: str | os.PathLike[str] | Checkpoint,
     *,
     prompts: Items[str | Items[int]] | None = None,
-    decode_steps: int = 64,
+    decode_steps: int | None = None,
     seed: int = 0,
     precision: str | None = None,
     runtime: str | None = None,
@@ -62,7 +62,8 @@ def verify(
 ) -> ParityReport:
     """Compare an engine, teacher-forced, with `NGPTForCausalLM` on the same checkpoint.
 
-    ``engine``: a folder, a loaded engine, or a bare runner. ``precision`` and ``runtime``: what the engine computes in, as
+    ``engine``: a folder, a loaded engine, or a bare runner. ``decode_steps``: 64, or half the model's length where that is less, if
+    not given. ``precision`` and ``runtime``: what the engine computes in, as
     target files name it (default: the manifest's, else "fp32" and "onnxruntime"); `engines.parity.scheme` says what that means, with
     ``block_size`` for ONNX Runtime's quantised weights; ``quantization`` states another scheme. ``taps`` gives the engine's
     hidden states, ids [T] to name -> [T, E], for the check layer by layer. The reference is float64 where the model fits in
@@ -80,7 +81,7 @@ def verify(
         quantization = quantization or own_quantization
         work = _Work(checkpoint, arithmetic, quantization, float64_limit_bytes, progress)
         with loadable_folder(checkpoint) as folder:
-            sequences, original = work.original(folder, prompts, runner.max_length, decode_steps, seed)
+            sequences, original = work.original(folder, checkpoint, prompts, runner.max_length, decode_steps, seed)
             reference, audit = work.reference(folder, sequences, original)
             perturbed = work.perturbed(folder, sequences, seed)
             noise = work.noise(folder, sequences)
@@ -118,20 +119,25 @@ class _Work:
         self.done += 1
 
     def original(
-        self, folder: Path, prompts: Items[str | Items[int]] | None, length: int, steps: int, seed: int
+        self,
+        folder: Path,
+        checkpoint: Checkpoint,
+        prompts: Items[str | Items[int]] | None,
+        length: int,
+        steps: int | None,
+        seed: int,
     ) -> tuple[list[Sequence], list[Trace]]:
         """The sequences, and the unquantised model's traces in the wide precision."""
         self.tell(f"running PyTorch in {self.wide}")
         model = TorchReference(folder, self.wide)
-        with open_checkpoint(folder) as source:
-            sequences = make_sequences(
-                source,
-                prompts,
-                max_length=min(length, source.spec.max_length),
-                decode_steps=steps,
-                seed=seed,
-                continue_greedily=model.continue_greedily,
-            )
+        sequences = make_sequences(
+            checkpoint,
+            prompts,
+            max_length=min(length, checkpoint.spec.max_length),
+            decode_steps=steps,
+            seed=seed,
+            continue_greedily=model.continue_greedily,
+        )
         return sequences, _run(model, sequences)
 
     def reference(self, folder: Path, sequences: list[Sequence], original: list[Trace]) -> tuple[list[Trace], WeightAudit | None]:

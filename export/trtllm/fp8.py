@@ -1,6 +1,8 @@
 """Per-tensor scales of FP8 products, from what nGPT guarantees instead of from calibration data.
 
-A product's input is bounded before any token is seen: hidden states have unit norm, so no channel exceeds 1; by Cauchy and Schwarz no
+A product's input is bounded before any token is seen: hidden states have unit norm (embeddings may be off by a
+hundredth, which e4m3's rounding to 448 takes, or by more in a checkpoint that is off the sphere: then their norm is the bound), so no channel
+exceeds 1; by Cauchy and Schwarz no
 channel of a projection exceeds the norm of its row (and its bias); attention averages values. A scale of bound / 448 therefore never
 saturates e4m3, whose relative precision does not suffer from the slack until values fall below 2**-6 / 448 of the bound.
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from export.weights import Array, DeployedWeights
+from ngpt.checkpoint.values import OFF_SPHERE_LIMIT
 from ngpt.errors import UnsupportedError
 
 LARGEST = 448.0
@@ -26,7 +29,8 @@ def activation_scale(weights: DeployedWeights, product: str) -> float:
     """Scale of the input of a canonical product such as `layers.0.attn.q`."""
     prefix, part = product.rsplit(".", 1)
     if part in ("q", "k", "v", "up", "gate"):
-        bound = 1.0
+        # Rows of the embedding table may be off the unit sphere; what follows a layer never is.
+        bound = max(1.0, _longest_row(weights.get("embed"))) if prefix == "layers.0.attn" else 1.0
     elif part == "o":
         bound = float(_row_bounds(weights, f"{prefix}.v").max())
     else:
@@ -54,6 +58,12 @@ def cache_scale(weights: DeployedWeights, layer: int) -> float:
 def _largest(matrix: Array) -> float:
     """Of the absolute values, without a copy."""
     return max(float(matrix.max()), -float(matrix.min()))
+
+
+def _longest_row(matrix: Array) -> float:
+    """The largest norm of a row; 1 where that is rounding."""
+    longest = float(np.sqrt(np.einsum("ij,ij->i", matrix, matrix).max()))
+    return longest if longest > 1 + OFF_SPHERE_LIMIT else 1.0
 
 
 def _row_bounds(weights: DeployedWeights, product: str) -> Array:

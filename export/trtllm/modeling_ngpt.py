@@ -22,8 +22,9 @@ from torch import nn
 
 from export.weights import DeployedWeights, position_diagonal, rope_tables
 from ngpt.checkpoint import Checkpoint, TensorInfo
+from ngpt.config_keys import DEFAULTS
 from ngpt.errors import MissingPackageError, UnsupportedError
-from ngpt.spec import DEFAULTS, NGPTSpec
+from ngpt.spec import NGPTSpec
 from ngpt.weights import Weights
 
 try:
@@ -297,6 +298,7 @@ class _Tensors:
         self._weights = weights
         self.infos = {name: _info(value) for name, value in weights.items()}
         self.files: tuple[Path, ...] = ()
+        self.places: dict[str, Path] = {}
 
     def get(self, name: str) -> torch.Tensor:
         """On the CPU, in its storage dtype."""

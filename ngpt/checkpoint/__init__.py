@@ -8,6 +8,9 @@ from ngpt.checkpoint.fold import fold_scales
 from ngpt.checkpoint.opening import open_checkpoint
 from ngpt.checkpoint.safetensors_file import TensorInfo
 from ngpt.checkpoint.save import save_hf
+from ngpt.checkpoint.sphere import Change, normalize
 from ngpt.checkpoint.table import Expected, expected_tensors
 
-__all__ = ["Checkpoint", "Expected", "TensorInfo", "expected_tensors", "fold_scales", "open_checkpoint", "save_hf"]
+__all__ = [
+    "Change", "Checkpoint", "Expected", "TensorInfo", "expected_tensors", "fold_scales", "normalize", "open_checkpoint", "save_hf",
+]  # fmt: skip

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
 
 from ngpt.checkpoint.safetensors_file import TensorInfo
 from ngpt.checkpoint.table import FLOAT_DTYPES, LM_HEAD, expected_tensors
-from ngpt.checkpoint.values import check_values
-from ngpt.errors import DtypeError, MissingTensorError, ShapeError, TensorValueError, UnexpectedTensorError
+from ngpt.checkpoint.values import OFF_SPHERE_LIMIT, Deviation, check_values
+from ngpt.config_keys import tidy
+from ngpt.errors import DtypeError, MissingTensorError, ShapeError, TensorValueError, UnexpectedTensorError, shown
+from ngpt.files import contained, exists
 from ngpt.spec import NGPTSpec
 
 TOKENIZER_FILES = (
@@ -27,6 +30,10 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 _CHUNK = 1 << 22
+_LOG = logging.getLogger("ngpt")
+
+OffSphere = Literal["refuse", "allow"]
+"""What to do with a checkpoint whose vectors are far off the unit sphere: not read it, or take what the file says."""
 
 Progress = Callable[[int, int, str], None]
 """Called as progress(done, total, what)."""
@@ -43,6 +50,10 @@ class Source(Protocol):
     def files(self) -> tuple[Path, ...]:
         """The files that hold tensors."""
 
+    @property
+    def places(self) -> Mapping[str, Path]:
+        """Name to the safetensors file that holds the tensor as `get` gives it; empty where tensors are made on reading."""
+
     def get(self, name: str) -> torch.Tensor:
         """The tensor in its storage dtype."""
 
@@ -53,14 +64,17 @@ class Source(Protocol):
 class Checkpoint:
     """An nGPT checkpoint whose names, shapes and dtypes have been checked; values are read lazily.
 
-    ``config`` is the dict in Hugging Face form (for a research checkpoint, the equivalent one), ``spec`` its
-    meaning. Use as a context manager, or call `close`, to release the memory map.
+    ``config`` is the dict in Hugging Face form (for a research checkpoint, the equivalent one) without what
+    `ngpt.config_keys.tidy` passes over, ``spec`` its meaning. ``notes`` says in sentences what was passed over and, after
+    `validate`, what is unusual about the values; `report_notes` logs them. Use as a context manager, or call `close`, to
+    release the memory map.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], source: Source) -> None:
+    def __init__(self, path: Path, config: Mapping[str, Any], source: Source, *, off_sphere: OffSphere = "refuse") -> None:
         self.path = path
-        self.config = config
+        self.off_sphere = off_sphere
         self.spec = NGPTSpec.from_config(config)
+        self.config, self.notes = tidy(config)
         self._source = source
         self._digest: str | None = None
         check_structure(self.spec, source.infos, str(path))
@@ -72,7 +86,7 @@ class Checkpoint:
     def info(self, name: str) -> TensorInfo:
         """Dtype and shape without reading. Raises `MissingTensorError`."""
         if name not in self._source.infos:
-            raise MissingTensorError(f"tensor {name!r} is not in {self.path}")
+            raise MissingTensorError(f"tensor {shown(name)} is not in {self.path}")
         return self._source.infos[name]
 
     def get(self, name: str) -> torch.Tensor:
@@ -86,10 +100,18 @@ class Checkpoint:
         return self._source.files
 
     @property
+    def places(self) -> Mapping[str, Path]:
+        """Name to the safetensors file that holds the tensor as `get` gives it; empty where tensors are made on reading."""
+        return self._source.places
+
+    @property
     def tokenizer_files(self) -> tuple[Path, ...]:
-        """Tokenizer and generation files beside the weights, as far as they exist."""
+        """Tokenizer and generation files beside the weights, as far as they exist.
+
+        Raises `CheckpointError` where something else stands in their place: a link that leaves the folder, for example.
+        """
         folder = self.path if self.path.is_dir() else self.path.parent
-        return tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
+        return tuple(contained(folder, name) for name in TOKENIZER_FILES if exists(folder, name))
 
     def digest(self) -> str:
         """ "sha256:..." over the bytes of the tensor files, in order of their names. Reads them once."""
@@ -107,18 +129,37 @@ class Checkpoint:
     def validate(self, progress: Progress | None = None) -> None:
         """Read every tensor once and check its values: finite, and matrices on the unit sphere.
 
-        Raises `TensorValueError` naming the tensor, the row or column, and the tolerance of its storage dtype.
+        Vectors whose norm differs from 1 by more than the rounding of their storage dtype, but by no more than
+        `OFF_SPHERE_LIMIT`, are noted; so are others where ``off_sphere`` is "allow". Raises `TensorValueError` naming the
+        tensor, the row or column, and the tolerance.
         """
         table = expected_tensors(self.spec)
         names = self.names()
+        off: list[Deviation] = []
         for done, name in enumerate(names):
             if progress is not None:
                 progress(done, len(names), name)
-            check_values(name, self.get(name), table[name])
+            found = check_values(name, self.get(name), table[name])
+            if found is not None:
+                off.append(found)
+        if off:
+            self._judge(off)
         if self.spec.tied and LM_HEAD in names:
             self._check_tied()
         if progress is not None:
             progress(len(names), len(names), "")
+
+    def _judge(self, off: list[Deviation]) -> None:
+        worst = max(off, key=lambda deviation: deviation.size)
+        if worst.size > OFF_SPHERE_LIMIT and self.off_sphere != "allow":
+            raise worst.error(len(off))
+        note = f"off the unit sphere, used as they are: {len(off)} tensor(s), worst {worst}"
+        self.notes = (*(n for n in self.notes if n != note), note)
+
+    def report_notes(self) -> None:
+        """Log every note as a warning of the logger "ngpt", one line each; without handlers Python prints them to stderr."""
+        for note in self.notes:
+            _LOG.warning("%s: %s", self.path, note)
 
     def _check_tied(self) -> None:
         if not torch.equal(self.get(LM_HEAD), self.get("model.embed_tokens.weight")):
@@ -163,14 +204,14 @@ def check_structure(spec: NGPTSpec, infos: Mapping[str, TensorInfo], where: str)
     for name, info in infos.items():
         if info.shape != table[name].shape:
             raise ShapeError(
-                f"tensor {name!r} in {where} has the wrong shape",
+                f"tensor {shown(name)} in {where} has the wrong shape",
                 expected=str(list(table[name].shape)),
-                found=str(list(info.shape)),
+                found=shown(list(info.shape)),
                 remedy="correct the sizes in config.json, or the checkpoint",
             )
         if info.dtype not in FLOAT_DTYPES:
             raise DtypeError(
-                f"tensor {name!r} in {where} has an unusable dtype",
+                f"tensor {shown(name)} in {where} has an unusable dtype",
                 expected="one of " + ", ".join(FLOAT_DTYPES),
                 found=info.dtype,
                 remedy="save the weights as float32, float16 or bfloat16",
@@ -178,4 +219,4 @@ def check_structure(spec: NGPTSpec, infos: Mapping[str, TensorInfo], where: str)
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return ", ".join(shown(name)[1:-1] for name in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -28,7 +28,7 @@ def fold_scales(checkpoint: Checkpoint) -> Checkpoint:
         raise UnsupportedError(f"the scales of {checkpoint.path} are folded already", remedy="convert it without folding")
     checkpoint.validate()
     config = {**checkpoint.config, "sz_folded": True, "tie_word_embeddings": False}
-    return Checkpoint(checkpoint.path, config, FoldedSource(checkpoint))
+    return Checkpoint(checkpoint.path, config, FoldedSource(checkpoint), off_sphere=checkpoint.off_sphere)
 
 
 class FoldedSource(Source):
@@ -51,6 +51,11 @@ class FoldedSource(Source):
     def files(self) -> tuple[Path, ...]:
         """The original's files."""
         return self._checkpoint.files
+
+    @property
+    def places(self) -> dict[str, Path]:
+        """None: the head is made on reading."""
+        return {}
 
     def get(self, name: str) -> torch.Tensor:
         """The stored tensor, or the head with its rows scaled, folded a block of rows at a time."""

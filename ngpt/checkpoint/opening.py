@@ -8,78 +8,104 @@ from typing import Any
 
 import torch
 
-from ngpt.checkpoint.base import Checkpoint
+from ngpt.checkpoint.base import Checkpoint, OffSphere
 from ngpt.checkpoint.research import RESEARCH_FILE, ResearchSource
-from ngpt.checkpoint.safetensors_file import SafetensorsReader, TensorInfo, read_json
+from ngpt.checkpoint.safetensors_file import SafetensorsReader, TensorInfo
 from ngpt.errors import (
     CheckpointError,
     CorruptFileError,
     MissingTensorError,
     UnexpectedTensorError,
     UnsafeFormatError,
+    shown,
 )
+from ngpt.files import MAX_CONFIG_BYTES, check_content, contained, exists, kind_of, not_there, read_json
+from ngpt.spec import NGPTSpec
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_CONFIG_BYTES = 4 << 20
 MAX_SHARDS = 4096
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], *, off_sphere: OffSphere = "refuse") -> Checkpoint:
     """Open a Hugging Face folder, a research ``ckpt.pt``, or a folder that contains one.
 
-    Names, shapes and dtypes are checked here, from the files' headers; `Checkpoint.validate` checks values.
-    Raises subclasses of `CheckpointError`, `ConfigError` or `UnsupportedError`.
+    Names, shapes and dtypes are checked here, from the files' headers; `Checkpoint.validate` checks values, and ``off_sphere``
+    is what it does about vectors far from unit norm. Raises subclasses of `CheckpointError`, `ConfigError` or `UnsupportedError`.
     """
-    path = Path(path)
-    if path.suffix == ".bin":
+    path, given = Path(path), os.fspath(path)
+    try:
+        return _open(path, given, off_sphere)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {path}", found=error.strerror or str(error), remedy="check its permissions"
+        ) from error
+
+
+def _open(path: Path, given: str, off_sphere: OffSphere) -> Checkpoint:
+    kind = kind_of(path)
+    if path.suffix == ".bin" and kind != "folder":
         raise _refuse_bin(path)
-    if path.is_file():
+    if kind == "nothing":
+        raise not_there(path, given)
+    if kind == "file":
+        check_content(path)
         if path.suffix == ".pt":
-            return _open_research(path)
+            return _open_research(path, off_sphere)
         raise CheckpointError(
             f"{path} is not a checkpoint",
             expected="a folder with config.json and safetensors, or a research ckpt.pt",
             found="a file",
             remedy="point at the folder" if path.suffix == ".safetensors" else "",
         )
-    if not path.is_dir():
-        raise CheckpointError(f"there is no checkpoint at {path}", expected="a folder or a ckpt.pt", found="nothing")
-    if (path / CONFIG_FILE).is_file():
-        return _open_folder(path)
-    if (path / RESEARCH_FILE).is_file():
-        return _open_research(path / RESEARCH_FILE)
+    if kind != "folder":
+        raise CheckpointError(f"{path} is not a checkpoint", expected="a folder or a ckpt.pt", found=kind)
+    if exists(path, CONFIG_FILE):
+        return _open_folder(path, off_sphere)
+    if exists(path, RESEARCH_FILE):
+        return _open_research(contained(path, RESEARCH_FILE), off_sphere)
+    inside = sorted(entry.name for entry in path.iterdir())
+    snapshots = sorted((path / "snapshots").glob("*")) if "snapshots" in inside else []
     raise CheckpointError(
         f"{path} holds no checkpoint",
         expected=f"{CONFIG_FILE} and {SINGLE_FILE}, or {RESEARCH_FILE}",
-        found=", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "an empty folder",
+        found=", ".join(shown(name)[1:-1] for name in inside[:8]) or "an empty folder",
+        remedy=f"this is a folder of the Hugging Face cache: point at {snapshots[-1]}" if snapshots else "",
     )
 
 
-def _open_research(path: Path) -> Checkpoint:
+def _open_research(path: Path, off_sphere: OffSphere) -> Checkpoint:
     source = ResearchSource(path)
-    return Checkpoint(path, source.config, source)
+    return _checked(Checkpoint(path, source.config, source, off_sphere=off_sphere))
 
 
-def _open_folder(path: Path) -> Checkpoint:
-    config = read_json(path / CONFIG_FILE, limit=MAX_CONFIG_BYTES)
+def _open_folder(path: Path, off_sphere: OffSphere) -> Checkpoint:
+    config_file = contained(path, CONFIG_FILE)
+    config = read_json(config_file, limit=MAX_CONFIG_BYTES)
     if not isinstance(config, dict):
-        raise CorruptFileError(f"{path / CONFIG_FILE}", expected="a JSON object", found=type(config).__name__)
+        raise CorruptFileError(f"{config_file}", expected="a JSON object", found=type(config).__name__)
+    NGPTSpec.from_config(config)  # what it is, before what it lacks
     source = FolderSource(path)
     try:
-        return Checkpoint(path, config, source)
+        return _checked(Checkpoint(path, config, source, off_sphere=off_sphere))
     except BaseException:
         source.close()
         raise
+
+
+def _checked(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint, once nothing that will be copied beside its weights is a link to elsewhere or a pointer."""
+    _ = checkpoint.tokenizer_files
+    return checkpoint
 
 
 class FolderSource:
     """Tensors of ``model.safetensors`` or of the shards that ``model.safetensors.index.json`` lists."""
 
     def __init__(self, folder: Path) -> None:
-        single, index = folder / SINGLE_FILE, folder / INDEX_FILE
-        if single.is_file() and index.is_file():
+        single, index = exists(folder, SINGLE_FILE), exists(folder, INDEX_FILE)
+        if single and index:
             raise CheckpointError(
                 f"{folder} holds both {SINGLE_FILE} and {INDEX_FILE}",
                 expected="one of them",
@@ -87,37 +113,38 @@ class FolderSource:
                 remedy="remove the one that is stale",
             )
         self._owner: dict[str, SafetensorsReader] = {}
-        if single.is_file():
-            reader = SafetensorsReader(single)
+        if single:
+            reader = SafetensorsReader(contained(folder, SINGLE_FILE))
             self._owner = dict.fromkeys(reader.infos, reader)
             self._readers = [reader]
-        elif index.is_file():
-            self._readers = self._open_shards(folder, _read_index(index))
+        elif index:
+            self._readers = self._open_shards(folder, _read_index(contained(folder, INDEX_FILE)))
         else:
             raise _no_weights(folder)
         self.infos: dict[str, TensorInfo] = {name: reader.infos[name] for name, reader in self._owner.items()}
         self.files = tuple(reader.path for reader in self._readers)
+        self.places = {name: reader.path for name, reader in self._owner.items()}
 
     def _open_shards(self, folder: Path, weight_map: dict[str, str]) -> list[SafetensorsReader]:
         readers = {}
         for file in sorted(set(weight_map.values())):
-            if not (folder / file).is_file():
+            if not exists(folder, file):
                 raise MissingTensorError(
-                    f"shard {file} is missing from {folder}",
+                    f"shard {file[:255]} is missing from {folder}",
                     expected=f"every file that {INDEX_FILE} names",
                     remedy="copy or download the shard",
                 )
-            readers[file] = SafetensorsReader(folder / file)
+            readers[file] = SafetensorsReader(contained(folder, file))
         for file, reader in readers.items():
             for name in reader.infos:
                 if name in self._owner:
                     raise UnexpectedTensorError(
-                        f"tensor {name!r} is stored twice",
+                        f"tensor {shown(name)} is stored twice",
                         found=f"in {self._owner[name].path.name} and in {file}",
                     )
                 if weight_map.get(name) != file:
                     raise UnexpectedTensorError(
-                        f"{file} holds {name!r}, which {INDEX_FILE} does not place there",
+                        f"{file} holds {shown(name)}, which {INDEX_FILE} does not place there",
                         expected=weight_map.get(name, "no such tensor"),
                         found=file,
                     )
@@ -125,7 +152,7 @@ class FolderSource:
         absent = sorted(set(weight_map) - set(self._owner))
         if absent:
             raise MissingTensorError(
-                f"{weight_map[absent[0]]} lacks {absent[0]!r}",
+                f"{weight_map[absent[0]]} lacks {shown(absent[0])}",
                 expected=f"what {INDEX_FILE} says",
                 found=f"{len(absent)} tensor(s) not in their shards",
             )
@@ -145,19 +172,19 @@ def _read_index(path: Path) -> dict[str, str]:
     index: Any = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CorruptFileError(f"{path}", expected="an object with a non-empty weight_map", found=repr(index)[:80])
+        raise CorruptFileError(f"{path}", expected="an object with a non-empty weight_map", found=shown(index))
     for name, file in weight_map.items():
         if not isinstance(file, str):
-            raise CorruptFileError(f"{path}: shard of {name!r}", expected="a file name", found=repr(file)[:80])
+            raise CorruptFileError(f"{path}: shard of {shown(name)}", expected="a file name", found=shown(file))
         if file.endswith(".bin"):
             raise _refuse_bin(path.parent / file)
         # Only a bare name can be a shard: no folder, no drive, no parent, nothing hidden.
         plain = file.endswith(".safetensors") and not file.startswith(".")
-        if not plain or any(mark in file for mark in "/\\:\0") or len(file) > 255:
+        if not plain or any(mark in file for mark in "/\\:") or len(file) > 255 or not file.isprintable():
             raise UnsafeFormatError(
-                f"{path.name} points {name!r} at an unsafe path",
+                f"{path.name} points {shown(name)} at an unsafe path",
                 expected="the bare name of a .safetensors file in the same folder",
-                found=repr(file)[:120],
+                found=shown(file),
                 remedy="do not use this checkpoint unless you trust where it comes from",
             )
     if len(set(weight_map.values())) > MAX_SHARDS:

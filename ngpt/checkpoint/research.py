@@ -7,8 +7,6 @@ in the published Hugging Face model: the config carries them as ``position_code`
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,18 +14,21 @@ from typing import Any
 import torch
 
 from ngpt.checkpoint.safetensors_file import TensorInfo
+from ngpt.checkpoint.torch_file import load_torch_file
+from ngpt.checks import is_finite, is_whole
 from ngpt.errors import (
     CheckpointError,
     ConfigError,
-    CorruptFileError,
+    DtypeError,
     MissingTensorError,
+    ShapeError,
     UnexpectedTensorError,
-    UnsafeFormatError,
+    shown,
 )
+from ngpt.spec import NGPTSpec
 
 RESEARCH_FILE = "ckpt.pt"
-COMPILE_PREFIX = "_orig_mod."
-MAX_PICKLE_BYTES = 64 << 20  # the structure only; tensor bytes are separate members of the archive
+WRAPPERS = frozenset({"_orig_mod", "module"})  # what torch.compile and DistributedDataParallel put into names
 _ARGS = frozenset({"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout", "use_nGPT"})
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -39,30 +40,32 @@ class ResearchSource:
 
     def __init__(self, path: Path) -> None:
         self.files = (path,)
-        stored = _load(path)
+        self.places: dict[str, Path] = {}
+        stored = load_torch_file(path)
         arguments = stored.get("model_args")
         state = stored.get("model")
         if not isinstance(arguments, Mapping) or not isinstance(state, Mapping):
             raise CheckpointError(
                 f"{path} is not a research checkpoint",
                 expected="a dict with 'model' and 'model_args'",
-                found=", ".join(sorted(map(str, stored))[:8]) or "an empty dict",
+                found=", ".join(sorted(map(shown, stored))[:8]) or "an empty dict",
             )
         self.config = research_config(arguments)
+        NGPTSpec.from_config(self.config)  # bounds the sizes that the table of names is made from
         self._state = _plain_names(state)
         self._moves = _moves(self.config)
         known = {source for source, _ in self._moves.values()}
         missing = sorted(known - set(self._state))
         if missing:
             raise MissingTensorError(
-                f"{path} lacks {missing[0]!r}",
+                f"{path} lacks {shown(missing[0])}",
                 expected=f"{len(known)} tensors",
                 found=f"{len(missing)} missing",
             )
         extra = sorted(set(self._state) - known)
         if extra:
             raise UnexpectedTensorError(
-                f"{path} holds {extra[0]!r}", expected=f"{len(known)} tensors", found=f"{len(extra)} unknown"
+                f"{path} holds {shown(extra[0])}", expected=f"{len(known)} tensors", found=f"{len(extra)} unknown"
             )
         self.infos = {name: self._info(name) for name in self._moves}
 
@@ -81,22 +84,27 @@ class ResearchSource:
 
 def research_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """`model_args` to a Hugging Face config dict. Raises `ConfigError` for a baseline (not nGPT) checkpoint."""
-    unknown = sorted(map(str, set(arguments) - _ARGS - {"base_scale"}))
+    unknown = sorted(shown(key) for key in arguments if key not in _ARGS and key != "base_scale")
     if unknown:
-        raise ConfigError(f"model_args has an unknown key {unknown[0]!r}", expected=", ".join(sorted(_ARGS)))
+        raise ConfigError(f"model_args has an unknown key {unknown[0]}", expected=", ".join(sorted(_ARGS)))
     missing = sorted((_ARGS | {"base_scale"}) - {"dropout", "bias"} - set(arguments))
     if missing:
         raise ConfigError(f"model_args lacks {missing[0]!r}")
+    for key in ("use_nGPT", "bias"):
+        if not isinstance(stated := arguments.get(key, False), int) or stated not in (0, 1):
+            raise ConfigError(f"model_args.{key}", expected="0 or 1", found=shown(stated))
     if not arguments["use_nGPT"]:
         raise ConfigError(
             "this research checkpoint is the baseline GPT, not nGPT: use_nGPT",
             expected="1",
-            found=repr(arguments["use_nGPT"]),
+            found=shown(arguments["use_nGPT"]),
             remedy="train with use_nGPT = 1",
         )
     for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
-        if isinstance(arguments[key], bool) or not isinstance(arguments[key], int) or arguments[key] < 1:
-            raise ConfigError(f"model_args.{key}", expected="a positive whole number", found=repr(arguments[key]))
+        if not is_whole(arguments[key]) or arguments[key] < 1:
+            raise ConfigError(f"model_args.{key}", expected="a positive whole number", found=shown(arguments[key]))
+    if not is_finite(arguments["base_scale"]):
+        raise ConfigError("model_args.base_scale", expected="a finite number", found=shown(arguments["base_scale"]))
     width, heads = arguments["n_embd"], arguments["n_head"]
     if width % heads:
         raise ConfigError("model_args.n_embd", expected=f"a multiple of n_head ({heads})", found=str(width))
@@ -136,67 +144,26 @@ def research_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _load(path: Path) -> Mapping[str, Any]:
-    try:
-        with path.open("rb") as file:
-            magic = file.read(2)
-        if not zipfile.is_zipfile(path):
-            raise _not_an_archive(path, magic)
-        with zipfile.ZipFile(path) as archive:
-            _check_archive(archive, path)
-        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise UnsafeFormatError(
-            f"{path} asks for objects beyond tensors and plain values",
-            found=str(error).splitlines()[0][:160],
-            remedy="do not load it unless you trust it; then re-save model and model_args alone",
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise CorruptFileError(
-            f"{path} cannot be read", found=str(error)[:160], remedy="copy or download the file again"
-        ) from error
-    if not isinstance(stored, Mapping):
-        raise CheckpointError(f"{path}", expected="a dict", found=type(stored).__name__)
-    return stored
-
-
-def _not_an_archive(path: Path, magic: bytes) -> CheckpointError:
-    if magic in (b"", b"PK"):
-        return CorruptFileError(
-            f"{path} is truncated",
-            expected="a complete zip archive",
-            remedy="copy or download the file again",
-        )
-    return UnsafeFormatError(
-        f"{path} is not an archive as torch.save writes it; a bare pickle can run code when loaded",
-        expected="a zip archive",
-        found=f"a file that starts with {magic!r}",
-        remedy="re-save it where you trust it, with PyTorch 1.6 or later",
-    )
-
-
-def _check_archive(archive: zipfile.ZipFile, path: Path) -> None:
-    """Torch stores members uncompressed; anything else could expand without bound."""
-    for member in archive.infolist():
-        if member.compress_type != zipfile.ZIP_STORED:
-            raise UnsafeFormatError(f"{path}: member {member.filename!r} is compressed", expected="stored members")
-        if member.filename.endswith(".pkl") and member.file_size > MAX_PICKLE_BYTES:
-            raise UnsafeFormatError(
-                f"{path}: member {member.filename!r}",
-                expected=f"at most {MAX_PICKLE_BYTES} bytes",
-                found=f"{member.file_size}",
-            )
-
-
 def _plain_names(state: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
     plain: dict[str, torch.Tensor] = {}
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise CheckpointError(f"model[{key!r}]", expected="a tensor", found=type(value).__name__)
-        name = key.removeprefix(COMPILE_PREFIX)
+            raise CheckpointError(f"model[{shown(key)}]", expected="a tensor", found=type(value).__name__)
+        name = ".".join(part for part in key.split(".") if part not in WRAPPERS)
         if name in plain:
-            raise UnexpectedTensorError(f"tensor {name!r} is stored twice", found=f"with and without {COMPILE_PREFIX}")
-        plain[name] = value
+            raise UnexpectedTensorError(
+                f"tensor {shown(name)} is stored twice", found="with and without " + " or ".join(sorted(WRAPPERS))
+            )
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise DtypeError(f"tensor {shown(name)}", expected="plain numbers", found=f"{value.layout} on {value.device}")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ShapeError(
+                f"tensor {shown(name)} repeats what it stores",
+                expected=f"{value.numel()} stored numbers for the shape {shown(list(value.shape))}",
+                found=f"{value.untyped_storage().nbytes()} bytes",
+                remedy="save it with .contiguous()",
+            )
+        plain[name] = value.detach()
     return plain
 
 

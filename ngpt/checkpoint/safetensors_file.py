@@ -8,7 +8,6 @@ header until a tensor is asked for.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import struct
 from dataclasses import dataclass
@@ -18,10 +17,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ngpt.errors import CorruptFileError, UnexpectedTensorError
+from ngpt.errors import CorruptFileError, shown
+from ngpt.files import parse_json
 
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-MAX_JSON_BYTES = 64 << 20
+# The format allows 100 MB of header, which is gigabytes of Python objects; the table's largest network needs 8 MB.
+MAX_HEADER_BYTES = 16 << 20
+_MAX_AXES = 64
 _ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
     "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
@@ -40,37 +41,6 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Bytes on disk."""
         return math.prod(self.shape) * _BITS.get(self.dtype, 0) // 8
-
-
-def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> Any:
-    """Strict JSON: bounded size, UTF-8, no duplicate keys, no NaN. Raises `CorruptFileError`."""
-    try:
-        size = path.stat().st_size
-        if size > limit:
-            raise CorruptFileError(f"{path} is too large", expected=f"at most {limit} bytes", found=f"{size} bytes")
-        return parse_json(path.read_bytes(), str(path))
-    except OSError as error:
-        raise CorruptFileError(f"cannot read {path}", found=str(error)) from error
-
-
-def parse_json(data: bytes, where: str) -> Any:
-    """Strict JSON from bytes; ``where`` names the source in errors."""
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen: dict[str, Any] = {}
-        for key, value in items:
-            if key in seen:
-                raise UnexpectedTensorError(f"{where} holds the key {key!r} twice", expected="each key once")
-            seen[key] = value
-        return seen
-
-    def constant(text: str) -> Any:
-        raise ValueError(f"{text} is not a JSON number")
-
-    try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{where} is not valid JSON", found=str(error)[:200]) from error
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -118,19 +88,20 @@ def _header_length(prefix: bytes, size: int, path: Path) -> int:
 
 def _entry(name: str, entry: Any, path: Path) -> tuple[TensorInfo, tuple[int, int]]:
     def bad(found: str) -> CorruptFileError:
-        return CorruptFileError(f"tensor {name!r} in {path} is described badly", found=found[:200])
+        return CorruptFileError(f"tensor {shown(name)} in {path} is described badly", found=found)
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise bad(repr(entry))
+        raise bad(shown(entry))
     dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise bad(f"dtype {dtype!r}")
-    numbers = [*shape, *span] if isinstance(shape, list) and isinstance(span, list) and len(span) == 2 else [None]
+        raise bad(f"dtype {shown(dtype)}")
+    lists = isinstance(shape, list) and len(shape) <= _MAX_AXES and isinstance(span, list) and len(span) == 2
+    numbers = [*shape, *span] if lists else [None]
     if any(not isinstance(n, int) or isinstance(n, bool) or not 0 <= n < 1 << 63 for n in numbers):
-        raise bad(f"shape {shape!r}, data_offsets {span!r}")
+        raise bad(f"shape {shown(shape)}, data_offsets {shown(span)}")
     bits = math.prod(shape) * _BITS[dtype]
     if bits % 8 or span[1] - span[0] != bits // 8:
-        raise bad(f"{span[1] - span[0]} bytes for {dtype} {shape}")
+        raise bad(f"{span[1] - span[0]} bytes for {dtype} {shown(shape)}")
     return TensorInfo(dtype, tuple(shape)), (span[0], span[1])
 
 
@@ -140,7 +111,7 @@ def _check_spans(spans: list[tuple[tuple[int, int], str]], available: int, path:
     for (begin, end), name in spans:
         if begin != position:
             raise CorruptFileError(
-                f"tensor {name!r} in {path} overlaps another or leaves a hole",
+                f"tensor {shown(name)} in {path} overlaps another or leaves a hole",
                 expected=f"data starting at byte {position}",
                 found=f"byte {begin}",
             )
@@ -148,7 +119,7 @@ def _check_spans(spans: list[tuple[tuple[int, int], str]], available: int, path:
     if position > available:
         cut = next(name for (_, end), name in spans if end > available)
         raise CorruptFileError(
-            f"{path} is truncated: tensor {cut!r} and what follows it is incomplete",
+            f"{path} is truncated: tensor {shown(cut)} and what follows it is incomplete",
             expected=f"{position} bytes of tensor data",
             found=f"{available}",
             remedy="copy or download the file again",
@@ -168,12 +139,12 @@ class SafetensorsReader:
 
     def get(self, name: str) -> torch.Tensor:
         """The tensor in its storage dtype, on the CPU."""
-        if self._file is None:
-            try:
+        try:
+            if self._file is None:
                 self._file = self._stack.enter_context(safe_open(self.path, framework="pt", device="cpu"))
-            except (SafetensorError, OSError) as error:
-                raise CorruptFileError(f"cannot map {self.path}", found=str(error)) from error
-        tensor: torch.Tensor = self._file.get_tensor(name)
+            tensor: torch.Tensor = self._file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CorruptFileError(f"cannot map {self.path}", found=str(error)) from error
         return tensor
 
     def close(self) -> None:

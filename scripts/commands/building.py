@@ -10,6 +10,7 @@ from ngpt.errors import ParityFailedError
 from scripts.commands.options import Bar, Command, positive
 from scripts.terminal import plain
 
+OFF_SPHERE = "take a checkpoint as it is whose rows are far from unit norm; a deviation of up to 1 %% is taken with a warning"
 KV_CACHE = "type of cached keys and values; auto: the arithmetic's own (fp8: TensorRT-LLM targets)"
 
 
@@ -22,6 +23,7 @@ def add_build(command: Command, targets: list[Target]) -> None:
     build.add_argument(
         "--precision", help="another one that the target offers (TensorRT targets: fp16, bf16, fp32, int8, fp8, int4)"
     )
+    build.add_argument("--allow-off-sphere", action="store_true", help=OFF_SPHERE)
     build.add_argument("--output", required=True, help="engine folder to make; must not exist")
     build.add_argument("--name", help="name in the manifest; the checkpoint folder's if not given")
     build.add_argument("--no-verify", action="store_true", help="skip parity; the packager will then refuse the engine")
@@ -36,7 +38,11 @@ def add_verify(command: Command) -> None:
     verify = command("verify", _verify, "Compare an engine with PyTorch on its checkpoint and write the report.")
     verify.add_argument("engine", type=Path, help="engine folder; its files are held against its manifest first")
     verify.add_argument("--checkpoint", required=True, help="the checkpoint that the engine was built from")
-    verify.add_argument("--decode-steps", type=positive, default=64, help="teacher-forced decode steps per prompt")
+    verify.add_argument(
+        "--decode-steps",
+        type=positive,
+        help="teacher-forced decode steps per prompt; 64, or half the model's length, if not given",
+    )
     verify.add_argument(
         "--report", type=Path, help="folder for parity.json and parity.html; a new one beside the engine if not given"
     )
@@ -51,6 +57,10 @@ def add_convert(command: Command) -> None:
     convert.add_argument(
         "--fold-scales", action="store_true", help="fold sz into lm_head, for engines that apply lm_head themselves (vLLM)"
     )
+    convert.add_argument(
+        "--normalize", action="store_true", help="project matrices back onto the unit sphere, and say what that changed"
+    )
+    convert.add_argument("--allow-off-sphere", action="store_true", help=OFF_SPHERE)
     convert.add_argument("--with-code", action="store_true", help="add the model's code, for trust_remote_code=True")
 
 
@@ -71,7 +81,7 @@ def _build(args: argparse.Namespace) -> int:
     with Bar() as bar:
         folder = build_engine(
             args.checkpoint, args.target, args.output, precision=args.precision, name=args.name, verify=not args.no_verify,
-            tp=args.tp, pp=args.pp, kv_cache=args.kv_cache, progress=bar,
+            tp=args.tp, pp=args.pp, kv_cache=args.kv_cache, off_sphere=_off_sphere(args), progress=bar,
         )  # fmt: skip
     if not (folder / "manifest.json").exists():  # TensorRT-LLM is not installed here
         print(f"checkpoint {folder / 'checkpoint'}\n")
@@ -137,15 +147,17 @@ def _conclude(engine: Path, verdict: str, page: Path, *, quiet: bool = False) ->
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from ngpt.checkpoint import fold_scales, open_checkpoint, save_hf
+    from scripts.convert import run
 
-    with open_checkpoint(args.checkpoint) as checkpoint, Bar() as bar:
-        save_hf(
-            fold_scales(checkpoint) if args.fold_scales else checkpoint, args.output, with_code=args.with_code,
-            progress=lambda done, total, what: bar(f"writing {what}", done / max(total, 1)),
-        )  # fmt: skip
-    print(f"checkpoint {args.output}")
+    run(
+        args.checkpoint, args.output, fold=args.fold_scales, project=args.normalize, off_sphere=_off_sphere(args),
+        with_code=args.with_code,
+    )  # fmt: skip
     return 0
+
+
+def _off_sphere(args: argparse.Namespace) -> Any:
+    return "allow" if args.allow_off_sphere else "refuse"
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import onnx
 import pytest
+import torch
 
 import engines.onnx_graph
 from engines import load_engine
@@ -25,6 +26,20 @@ def test_logits_and_greedy_text_match_golden(golden, target, tmp_path):
         new = golden.greedy.shape[1] - golden.ids.shape[1]
         out = engine.generate(prompts, max_new_tokens=new, ignore_eos=True)
     np.testing.assert_array_equal(np.array(out), golden.greedy[:, -new:])
+
+
+@pytest.mark.parametrize("target", ["cpu-fp32", "cpu-int8"])
+@pytest.mark.parametrize("context", [64, 2])
+def test_a_research_model_of_short_context_is_built_and_passes(context, target, tmp_path):
+    folder = Golden("research-train-py").folder
+    if context == 2:
+        stored = torch.load(Golden("research-checkpoint").folder / "ckpt.pt", weights_only=True)
+        stored["model_args"]["block_size"] = context
+        folder = tmp_path / "ckpt.pt"
+        torch.save(stored, folder)
+    manifest = json.loads((build_engine(folder, target, tmp_path / "engine") / "manifest.json").read_text())
+    assert manifest["parity"]["verdict"] == "pass", manifest["parity"]["failed_checks"]
+    assert manifest["parity"]["decode_steps"] == context // 2
 
 
 def test_large_weights_go_to_external_data_and_come_back(tmp_path, monkeypatch):

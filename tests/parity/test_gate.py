@@ -260,6 +260,35 @@ def test_progress_counts_up():
     assert [done for done, _ in seen] == list(range(5)) and {total for _, total in seen} == {5}
 
 
+@pytest.fixture
+def short(tmp_path):
+    """golden research-checkpoint with another context length, as a function of it."""
+
+    def make(context):
+        stored = torch.load(GOLDEN / "research-checkpoint" / "ckpt.pt", weights_only=True)
+        stored["model_args"]["block_size"] = context
+        torch.save(stored, tmp_path / "ckpt.pt")
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize(("context", "steps"), [(128, 64), (64, 32), (16, 8), (5, 2), (2, 1)])
+def test_the_check_fits_itself_to_the_context(context, steps, short):
+    folder = short(context)
+    report = verify(ReferenceRunner(Reference(Weights(open_checkpoint(folder)), dtype=np.float32)), folder)
+    assert report.verdict == "pass", report.failures
+    assert report.summary["decode_steps"] == steps and report.summary["positions"] >= 100
+
+
+def test_a_number_of_steps_that_does_not_fit_is_refused_with_what_does(short):
+    folder = short(16)
+    with pytest.raises(ConfigError, match="decode_steps: expected 1 to 15.*leave it out"):
+        verify(engine(name="research-checkpoint"), folder, decode_steps=16)
+    with pytest.raises(ConfigError, match="2 tokens or more.*--no-verify"):
+        verify(engine(name="research-checkpoint"), short(1))
+
+
 def test_bad_input_is_named():
     with pytest.raises(EngineError, match="not an engine"):
         verify(object(), GOLDEN / "gqa")

@@ -60,7 +60,7 @@ class Engine:
 
 @pytest.fixture
 def folder(golden, tmp_path):
-    if golden.name != "research-checkpoint":
+    if not golden.name.startswith("research"):
         return golden.folder
     with open_checkpoint(golden.folder / "ckpt.pt") as checkpoint:
         return save_hf(checkpoint, tmp_path / "hf")

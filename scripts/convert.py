@@ -1,0 +1,43 @@
+"""`ngpt-deploy convert`: a checkpoint of either format as a Hugging Face folder, exactly, or projected back onto the unit sphere."""
+
+from pathlib import Path
+
+from engines.parity.effect import logit_effect
+from ngpt.checkpoint import Change, fold_scales, normalize, open_checkpoint, save_hf
+from ngpt.checkpoint.base import OffSphere
+
+
+def run(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    fold: bool = False,
+    project: bool = False,
+    off_sphere: OffSphere = "refuse",
+    with_code: bool = False,
+) -> None:
+    """Convert, and print what was done. Raises the errors of reading and writing checkpoints."""
+    with open_checkpoint(checkpoint, off_sphere=off_sphere) as original:
+        wanted, changes = normalize(original) if project else (original, [])
+        wanted.validate()
+        wanted.report_notes()
+        save_hf(fold_scales(wanted) if fold else wanted, output, with_code=with_code)
+        print(f"checkpoint {output}")
+        if not project:
+            return
+        print("\n".join(table(changes)))
+        if changes:
+            with open_checkpoint(output) as result:
+                print(f"logits   {logit_effect(original, result)}")
+
+
+def table(changes: list[Change]) -> list[str]:
+    """Lines that say what projecting did to each tensor."""
+    if not changes:
+        return ["normalize  nothing to do: every vector is on the unit sphere already"]
+    width = max(len(change.name) for change in changes)
+    lines = [f"{'tensor':<{width}}  {'scaled':>15}  {'norms before':>21}  {'change of the tensor':>20}"]
+    for change in changes:
+        norms = f"{change.lowest:.6g} to {change.highest:.6g}"
+        lines.append(f"{change.name:<{width}}  {change.vectors:>6} of {change.of:<5}  {norms:>21}  {change.relative:>20.3g}")
+    return lines
