@@ -29,7 +29,9 @@ from __future__ import annotations
 import errno
 import re
 import reprlib
+import tomllib
 from importlib import metadata
+from pathlib import Path
 
 MAX_TEXT = 4000  # characters of one part of an error
 
@@ -129,13 +131,22 @@ class ServerError(NGPTDeployError):
 
 def missing_package(what: str, extra: str, *, found: str = "") -> MissingPackageError:
     """The error for an absent library. Its remedy installs what the extra lists, by name: this distribution is not on PyPI."""
-    try:
-        declared = metadata.requires("ngpt-deploy") or []
-    except metadata.PackageNotFoundError:
-        declared = []
-    wanted = [line.split(";")[0].strip() for line in declared if re.search(rf"""extra == ['"]{re.escape(extra)}['"]""", line)]
+    wanted = _requirements(extra)
     remedy = f"pip install {' '.join(map(repr, wanted))}" if wanted else f"install what pyproject.toml lists under {extra!r}"
     return MissingPackageError(what, expected=f"the packages of the extra {extra!r}", found=found, remedy=remedy)
+
+
+def _requirements(extra: str) -> list[str]:
+    """What an extra lists: in a checkout by pyproject.toml (the metadata beside it may be older), elsewhere by the installed metadata."""
+    try:
+        source = Path(__file__).resolve().parents[1] / "pyproject.toml"
+        if source.is_file():
+            extras = tomllib.loads(source.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+            return [str(line) for line in extras.get(extra, ())]
+        declared = metadata.requires("ngpt-deploy") or []
+    except (OSError, ValueError, LookupError, metadata.PackageNotFoundError):
+        return []
+    return [line.split(";")[0].strip() for line in declared if re.search(rf"""extra == ['"]{re.escape(extra)}['"]""", line)]
 
 
 _OS_REMEDIES = {

@@ -126,6 +126,15 @@ def test_every_remedy_names_an_extra_that_exists_and_installs_all_of_it():
             assert re.match(r"[a-z0-9-]+(\[grpc\])?", requirement)[0] in remedy
 
 
+def test_an_installation_without_the_checkout_takes_remedies_from_its_metadata(tmp_path, monkeypatch):
+    monkeypatch.setattr("ngpt.errors.__file__", str(tmp_path / "ngpt" / "errors.py"))
+    lines = ["numpy>=1.26", 'torch>=2.9; extra == "torch"', "onnx>=1.20; extra == 'onnx'"]
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: lines)
+    assert missing_package("x", "torch").remedy == "pip install 'torch>=2.9'"
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: None)
+    assert "pyproject.toml lists under 'torch'" in missing_package("x", "torch").remedy
+
+
 def test_no_text_advises_to_install_this_project_from_an_index_that_lacks_it():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     for name in filter(None, listed):
