@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from engines.device import detect, target_for
-from engines.folder import atomic_folder
 from engines.genai import genai_config
 from engines.hub_config import hub_config
 from engines.onnx_graph import export_graph, tap_function
@@ -28,12 +27,14 @@ from export.trtllm.parallel import Parallel
 from export.weights import DeployedWeights
 from ngpt.checkpoint import Checkpoint, open_checkpoint
 from ngpt.checkpoint.base import OffSphere
-from ngpt.errors import OutputExistsError, TargetError
+from ngpt.errors import BuildError, TargetError, os_trouble
+from ngpt.folder import check_free, new_folder
 from ngpt.weights import Weights
 
 Progress = Callable[[str, float], None]
 """Called as progress(what is being done, fraction done of all)."""
 ONNX_NAME, PLAN_NAME = "model.onnx", "model.engine"
+MAX_NAME = 200
 _NUMPY = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.125, "fp8": 1.0, "int4": 0.625}
 
@@ -62,6 +63,7 @@ def build_engine(
     Raises the checkpoint's errors, TargetError (unknown, or a card the model does not fit), OutputExistsError, MissingPackageError,
     BuildError (disk full, output not writable, refused by the runtime's builder).
     """
+    engine_name(name, checkpoint)  # refused before anything is read
     chosen = with_kv_cache(choose_target(target, precision), kv_cache)
     folder, report = Path(output), progress or (lambda what, done: None)
     if chosen.runtime == "tensorrt_llm":
@@ -74,30 +76,29 @@ def build_engine(
             remedy="choose a TensorRT-LLM target",
         )  # fmt: skip
     library = None if chosen.on_onnx else load_library(chosen.runtime)  # refused before anything is read
-    if folder.exists():
-        raise OutputExistsError(
-            f"{folder} exists", expected="a folder that does not exist yet", remedy="choose another --output, or remove it"
-        )
+    check_free(folder)
     with open_checkpoint(checkpoint, off_sphere=off_sphere) as opened:
         if chosen.gpu is not None:
             check_fits(opened.spec, chosen)
         opened.validate(lambda done, total, what: report(f"checking {what}", 0.2 * done / max(total, 1)))
         opened.report_notes()
-        with atomic_folder(folder, _estimate(opened, chosen)) as work:
+        # While it is verified, a second graph with outputs for its hidden states lies beside the first.
+        graphs = 2 if verify and chosen.on_onnx else 1
+        with new_folder(folder, needed=_estimate(opened, chosen) * graphs) as work:
             flags = _write_network(opened, chosen, library, work, lambda what, part: report(what, 0.2 + 0.5 * part))
             opened.text.copy_to(work)
-            manifest = describe(opened, chosen, library, name or Path(checkpoint).resolve().name, flags)
+            manifest = describe(opened, chosen, library, engine_name(name, checkpoint), flags)
             finish(work, manifest)
             if verify and runs_here(chosen):
                 report("verifying against PyTorch", 0.75)
                 try:
-                    manifest["parity"] = verify_folder(work, opened)
+                    manifest["parity"] = verify_folder(work, opened, scratch=work.parent)
                 except ServingError as error:
                     if chosen.on_onnx:
                         raise
                     # Minutes of building are not thrown away because the card is busy or a driver is old: the engine says that it is
                     # unverified and why, and the packager refuses it.
-                    manifest["target"]["note"] = f"could not be run here: {error}"
+                    manifest["target"]["note"] = f"could not be run here: {error}"[:2000]
                 finish(work, manifest)
             report("done", 1.0)
     return folder
@@ -147,20 +148,32 @@ def arithmetic(precision: str, on_onnx: bool) -> str:
 
 
 def verify_folder(
-    folder: Path, checkpoint: Checkpoint, *, decode_steps: int | None = None, report: Path | None = None
+    folder: Path,
+    checkpoint: Checkpoint,
+    *,
+    decode_steps: int | None = None,
+    report: Path | None = None,
+    scratch: Path | None = None,
 ) -> dict[str, Any]:
     """Parity of the engine in `folder` with its checkpoint: writes parity.json and parity.html to `report` (default: the
-    engine's folder) and returns the summary with the verdict."""
+    engine's folder) and returns the summary with the verdict. `scratch`: where a second graph as large as the first may lie meanwhile.
+    Raises BuildError before anything is run where the report cannot be written."""
     from engines.parity.verify import PARITY_SLOTS, verify
     from engines.runtime.compatibility import slots_for
     from engines.runtime.engine import open_runner
     from engines.runtime.manifest import read_manifest
 
     manifest = read_manifest(folder)
+    if report is not None:
+        try:
+            report.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            found, remedy = os_trouble(error)
+            raise BuildError(f"the report cannot be written to {report}", found=found, remedy=remedy) from error
     target = load_target(manifest.target.name, manifest.target.precision)
     runner = open_runner(folder, manifest, slots_for(manifest, PARITY_SLOTS))
     try:
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory(dir=scratch) as graphs:
             result = verify(
                 runner,
                 checkpoint,
@@ -170,12 +183,10 @@ def verify_folder(
                 decode_steps=decode_steps,
                 name=f"{manifest.name}, {target.name}",
                 # A plan has no hidden states to look at: its logits alone are compared.
-                taps=tap_function(checkpoint, target, Path(scratch)) if target.on_onnx else None,
+                taps=tap_function(checkpoint, target, Path(graphs)) if target.on_onnx else None,
             )
     finally:
         runner.release()
-    if report is not None:
-        report.mkdir(parents=True, exist_ok=True)
     result.write(report or folder)
     return {"verdict": result.verdict, "report": "parity.json", "html": "parity.html", **result.summary}
 
@@ -228,6 +239,18 @@ def describe(checkpoint: Checkpoint, target: Target, library: Library | None, na
         "files": {},
         "parity": None,
     }
+
+
+def engine_name(name: str | None, checkpoint: str | Path) -> str:
+    """The name as it was given, or that of the checkpoint's folder. Raises BuildError for one that cannot be shown."""
+    if name is None:
+        return "".join(letter if letter.isprintable() else "?" for letter in Path(checkpoint).resolve().name) or "ngpt"
+    if not name or len(name) > MAX_NAME or not name.isprintable():
+        raise BuildError(
+            "the engine's name", expected=f"1 to {MAX_NAME} characters that can be printed", found=ascii(name)[:80],
+            remedy="choose another --name",
+        )  # fmt: skip
+    return name
 
 
 def _prefixed(digest: str) -> str:

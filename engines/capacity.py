@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from engines.sizing import RESERVE, activation_bytes, cache_bytes_per_token, table_bytes, weight_bytes
-from engines.target import Target, load_target, target_names
+from engines.target import Target, load_targets
 from ngpt.errors import CheckpointError, ConfigError, TargetError
-from ngpt.files import MAX_CONFIG_BYTES, read_json
+from ngpt.files import MAX_CONFIG_BYTES, contained, exists, kind_of, read_json
 from ngpt.spec import NGPTSpec
 
+MOST = (1 << 31) - 1
 MOST_RANKS = 64
 """The largest tensor-parallel degree that is considered."""
 
@@ -102,15 +103,17 @@ def read_spec(checkpoint: str | os.PathLike[str] | None) -> NGPTSpec:
     if checkpoint is None:
         return NGPTSpec.from_config({"model_type": "ngpt"})
     path = Path(checkpoint)
+    if kind_of(path) == "folder" and exists(path, "config.json"):
+        path = contained(path, "config.json")  # the weights do not matter here, nor does the library that would read them
     if path.suffix == ".json":
         try:
             config = read_json(path, limit=MAX_CONFIG_BYTES)
         except CheckpointError as error:
-            raise ConfigError(f"{path} cannot be read as JSON", expected="a config.json", found=str(error)) from error
+            raise ConfigError(f"{path} cannot be read as JSON", expected="a config.json", found=error.found) from error
         if not isinstance(config, dict):
             raise ConfigError(f"{path} is not a config", expected="a JSON object", found=type(config).__name__)
         return NGPTSpec.from_config(config)
-    from ngpt.checkpoint import open_checkpoint
+    from ngpt.checkpoint import open_checkpoint  # a research checkpoint carries its configuration in a pickle, which takes torch
 
     with open_checkpoint(path) as opened:
         return opened.spec
@@ -119,11 +122,14 @@ def read_spec(checkpoint: str | os.PathLike[str] | None) -> NGPTSpec:
 def capacity(spec: NGPTSpec, target: Target, concurrency: int, context: int, ranks: int) -> Capacity:
     """The arithmetic for one degree, whether it fits or not. Raises TargetError for what cannot be asked at all."""
     if target.gpu is None or target.profile is None:
-        gpus = [name for name in target_names() if load_target(name).gpu is not None]
+        gpus = [known.name for known in load_targets() if known.gpu is not None]
         raise TargetError(
             f"the target {target.name} has no GPU to plan for", expected="one of " + ", ".join(gpus), found=target.name,
             remedy="choose another --target",
         )  # fmt: skip
+    for name, value in (("concurrency", concurrency), ("context", context)):
+        if not 1 <= value <= MOST:
+            raise TargetError(f"--{name}", expected=f"1 to {MOST}", found=str(value)[:80])
     if context > spec.max_length:
         raise TargetError(
             "the context is longer than the model's", expected=f"at most {spec.max_length} tokens", found=str(context),

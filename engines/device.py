@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
-from engines.target import Target, load_target, target_names
+from engines.target import Target, load_target, load_targets
 from ngpt.errors import TargetError
 
 _QUERY = "name,compute_cap,memory.total"
@@ -50,7 +50,7 @@ def target_for(device: Device) -> Target:
 
     Raises TargetError, listing the targets, when no target has this compute capability.
     """
-    cards = [t for t in map(load_target, target_names()) if t.gpu is not None and t.runtime != "tensorrt_llm"]
+    cards = [t for t in load_targets() if t.gpu is not None and t.runtime != "tensorrt_llm"]
     same = [t for t in cards if t.gpu is not None and t.gpu.compute_capability == device.compute_capability]
     if not same:
         raise TargetError(

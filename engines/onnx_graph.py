@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from engines.target import Target
 from export.weights import DeployedWeights
 from ngpt.checkpoint import Checkpoint
-from ngpt.errors import MissingPackageError
+from ngpt.errors import missing_package
 from ngpt.weights import Weights
 
 Progress = Callable[[str, float], None]
@@ -42,7 +42,7 @@ def export_graph(
 
         from export.lowerings.onnx import OnnxPortable, OnnxRuntime, Precision
     except ImportError as error:
-        raise MissingPackageError(f"exporting needs {error.name}", remedy="pip install 'ngpt-deploy[onnx]'") from error
+        raise missing_package(f"exporting needs {error.name}", "onnx", found=str(error)) from error
     lowering = OnnxPortable if target.form == "portable" else OnnxRuntime
     lowered = lowering(weights, cast(Precision, target.precision), target.block_size)
     model = lowered.model(taps)

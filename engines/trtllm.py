@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import export.trtllm
-from engines.build import BYTES_PER_WEIGHT, Progress, describe, finish
-from engines.folder import atomic_folder
+from engines.build import BYTES_PER_WEIGHT, Progress, describe, engine_name, finish
 from engines.sizing import check_fits
 from engines.target import Target
 from export.lowerings.tensorrt_layers import ARITHMETIC
@@ -34,7 +33,8 @@ from export.trtllm.parallel import Parallel
 from export.weights import DeployedWeights
 from ngpt.checkpoint import Checkpoint, open_checkpoint
 from ngpt.checkpoint.base import OffSphere
-from ngpt.errors import BuildError, OutputExistsError
+from ngpt.errors import BuildError
+from ngpt.folder import check_free, new_folder
 from ngpt.spec import NGPTSpec
 from ngpt.weights import Weights
 
@@ -60,16 +60,13 @@ def build_trtllm(
     OutputExistsError, BuildError (disk full, or trtllm-build failed: its last lines are in the message).
     """
     report = progress or (lambda what, done: None)
-    if folder.exists():
-        raise OutputExistsError(
-            f"{folder} exists", expected="a folder that does not exist yet", remedy="choose another --output, or remove it"
-        )
+    check_free(folder)
     with open_checkpoint(checkpoint, off_sphere=off_sphere) as opened:
         _check(opened.spec, target, parallel)
         opened.validate(lambda done, total, what: report(f"checking {what}", 0.2 * done / max(total, 1)))
         opened.report_notes()
         program = shutil.which(_PROGRAM)
-        with atomic_folder(folder, _bytes(opened, target) * (1 if program is None else 3)) as work:
+        with new_folder(folder, needed=_bytes(opened, target) * (1 if program is None else 3)) as work:
             (work / "checkpoint").mkdir()
             convert(
                 deployed(opened, target), work / "checkpoint", parallel, target.precision,
@@ -85,7 +82,7 @@ def build_trtllm(
                 version = _run(program, work, arguments, parallel)
                 flags: dict[str, Any] = {"form": target.form, "tp": parallel.tp, "pp": parallel.pp, "kv_cache": target.kv_cache}
                 flags["trtllm_build"] = arguments
-                manifest = describe(opened, target, None, name or Path(checkpoint).resolve().name, flags)
+                manifest = describe(opened, target, None, engine_name(name, checkpoint), flags)
                 manifest["graph"] = "engine/rank0.engine"
                 manifest["tools"]["tensorrt_llm"] = version
                 finish(work, manifest)

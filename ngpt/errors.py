@@ -26,7 +26,12 @@ The serving runtime is copied into model repositories and therefore has a root o
 
 from __future__ import annotations
 
+import errno
+import re
 import reprlib
+import tomllib
+from importlib import metadata
+from pathlib import Path
 
 MAX_TEXT = 4000  # characters of one part of an error
 
@@ -122,6 +127,58 @@ class PackagingError(NGPTDeployError):
 
 class ServerError(NGPTDeployError):
     """The inference server could not be started, reached or stopped."""
+
+
+def missing_package(what: str, extra: str, *, found: str = "") -> MissingPackageError:
+    """The error for an absent library. Its remedy installs what the extra lists, by name: this distribution is not on PyPI."""
+    wanted = _requirements(extra)
+    remedy = f"pip install {' '.join(map(repr, wanted))}" if wanted else f"install what pyproject.toml lists under {extra!r}"
+    return MissingPackageError(what, expected=f"the packages of the extra {extra!r}", found=found, remedy=remedy)
+
+
+def _requirements(extra: str) -> list[str]:
+    """What an extra lists: in a checkout by pyproject.toml (the metadata beside it may be older), elsewhere by the installed metadata."""
+    try:
+        source = Path(__file__).resolve().parents[1] / "pyproject.toml"
+        if source.is_file():
+            extras = tomllib.loads(source.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+            return [str(line) for line in extras.get(extra, ())]
+        declared = metadata.requires("ngpt-deploy") or []
+    except (OSError, ValueError, LookupError, metadata.PackageNotFoundError):
+        return []
+    return [line.split(";")[0].strip() for line in declared if re.search(rf"""extra == ['"]{re.escape(extra)}['"]""", line)]
+
+
+_OS_REMEDIES = {
+    errno.ENOSPC: "free some room on that disk, or choose another folder",
+    errno.EDQUOT: "free some of your quota, or choose another folder",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f), or choose another file system",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "see who may read and write it, or choose another place",
+    errno.EPERM: "see who may read and write it, or choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOENT: "see whether the path is right",
+    errno.ENOTDIR: "a file stands where a folder is needed: see whether the path is right",
+    errno.EISDIR: "a folder stands where a file is needed: see whether the path is right",
+    errno.EEXIST: "choose another name, or remove what is there",
+    errno.ELOOP: "remove the link that leads back to itself",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENOMEM: "close other programs, or use a machine with more memory",
+    errno.EPIPE: "read the output to its end, or write it to a file",
+    errno.EIO: "see whether the disk is sound",
+}
+
+
+# Trouble with what was to be written: of a copy, Python names the file that was read.
+_ON_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def os_trouble(error: OSError) -> tuple[str, str]:
+    """What an OSError found, with the path it names, and what to do about it."""
+    remedy = _OS_REMEDIES.get(error.errno or 0, "see whether the disk is full or damaged")
+    text = error.strerror or str(error) or type(error).__name__
+    named = error.filename is not None and error.errno not in _ON_WRITING
+    return (f"{text}: {error.filename}" if named else text), remedy
 
 
 def shown(value: object, limit: int = 80) -> str:

@@ -5,7 +5,6 @@ from pathlib import Path
 from engines.parity.effect import logit_effect
 from ngpt.checkpoint import Change, fold_scales, normalize, open_checkpoint, save_hf
 from ngpt.checkpoint.base import OffSphere
-from ngpt.remote_code import add_code
 
 
 def run(
@@ -26,9 +25,7 @@ def run(
             wanted.validate()
             result = wanted
         wanted.report_notes()
-        save_hf(result, output)
-        if with_code:
-            add_code(output)
+        save_hf(result, output, with_code=with_code)
         print(f"checkpoint {output}")
         if not project:
             return

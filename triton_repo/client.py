@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import math
 import queue
+import re
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,14 +15,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ngpt.errors import MissingPackageError, ServerError
-from triton_repo.serving_inputs import OPTION_DTYPES, TEXT_NAMES, TOKENS_NAMES, sequences_array
+from ngpt.errors import ServerError, missing_package
+from triton_repo.serving_inputs import TEXT_NAMES, TOKENS_NAMES, InputError, option_array, sequences_array
 
 _TRITON_NAMES = {"int32": "INT32", "float32": "FP32", "uint64": "UINT64", "bool": "BOOL", "object": "BYTES"}
 
 
+_URL = re.compile(r"(?P<host>[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]):(?P<port>[0-9]{1,5})")
+_DEAD = ("UNAVAILABLE", "UNIMPLEMENTED", "UNKNOWN", "INTERNAL")  # what gRPC itself says where no Triton server answers
+
+
 class RequestRefused(ServerError):
-    """The server answered with an error. ``status`` is the gRPC status, empty where a stream reports the text alone."""
+    """The server answered with an error, or a value could not have been sent as it is. ``status`` is the gRPC status: "INVALID_ARGUMENT"
+    for the latter, empty where a stream reports the text alone."""
 
     def __init__(self, message: str, status: str) -> None:
         super().__init__(message)
@@ -43,16 +51,16 @@ def stream_text(
     Closing the generator before its end cancels the request and frees its slot.
 
     Args:
-        url: ``host:port`` of the gRPC endpoint.
+        url: ``host:port`` of the gRPC endpoint, without a scheme.
         prompt: text (bytes are sent as they are).
         timeout: seconds that may pass between two responses.
         options: temperature, top_k, top_p, seed, min_tokens, repetition_penalty, ... as in ``serving_inputs.TEXT_NAMES``.
 
     Raises:
-        RequestRefused: the server refused or failed the request.
-        ServerError: no answer in time. MissingPackageError: tritonclient is not installed.
+        RequestRefused: a value is out of range (nothing is sent then), or the server refused or failed the request.
+        ServerError: not a ``host:port``, no server there, or no answer in time. MissingPackageError: tritonclient is not installed.
     """
-    tensors = _text_tensors(prompt, max_tokens, stop_words, bad_words, {**options, "stream": True})
+    tensors = _text_tensors(prompt, max_tokens, stop_words, bad_words, dict(**options, stream=True))
     for result in responses(url, model, tensors, timeout=timeout, request_id=request_id):
         piece = _text(result)
         if piece:
@@ -73,7 +81,7 @@ def generate_text(
     **options: Any,
 ) -> str:
     """The completion as one response. Arguments and errors as in ``stream_text``; the prompt is left out by default."""
-    settings = {**options, "stream": False, "exclude_input": exclude_input}
+    settings = dict(**options, stream=False, exclude_input=exclude_input)
     tensors = _text_tensors(prompt, max_tokens, stop_words, bad_words, settings)
     return "".join(_text(result) for result in responses(url, model, tensors, timeout=timeout, request_id=request_id))
 
@@ -91,8 +99,8 @@ def generate_tokens(
     stream: bool = False,
     **options: Any,
 ) -> list[int]:
-    """The new token ids after a prompt of token ids. Errors as in ``stream_text``."""
-    settings = {**options, "stream": stream, "exclude_input": True}
+    """The new token ids after a prompt of token ids (with ``exclude_input=False`` the prompt's too). Errors as in ``stream_text``."""
+    settings = {"exclude_input": True, **options, "stream": stream}
     tensors = token_tensors(prompt, max_tokens, stop_sequences, bad_sequences, settings)
     tokens: list[int] = []
     for result in responses(url, model, tensors, timeout=timeout, request_id=request_id):
@@ -111,28 +119,54 @@ def token_tensors(
 ) -> dict[str, NDArray[Any]]:
     """The tensors of a request to the tokens model."""
     tensors: dict[str, NDArray[Any]] = {
-        "input_ids": np.asarray([list(prompt)], np.int32),
+        "input_ids": _ids("input_ids", [prompt]),
         "input_lengths": np.asarray([[len(prompt)]], np.int32),
         **_option_tensors({**options, "max_tokens": max_tokens}, TOKENS_NAMES),
     }
     for name, sequences in (("stop_words_list", stop_sequences), ("bad_words_list", bad_sequences)):
+        for sequence in sequences:
+            _ids(name, [sequence])
         if sequences:
             tensors[name] = sequences_array(sequences)[None]
     return tensors
 
 
+def _ids(name: str, rows: list[Sequence[int]]) -> NDArray[np.int32]:
+    """Token ids as int32 [B, T], none of them changed by it."""
+    array = np.asarray([list(row) for row in rows])
+    if array.size and (array.dtype.kind not in "iu" or not -(1 << 31) <= array.min() <= array.max() < 1 << 31):
+        raise _refused(f"{name}: expected token ids of 32 bits, found {array.dtype} {str(rows[0])[:80]}.")
+    return array.astype(np.int32)
+
+
+def _refused(message: str) -> RequestRefused:
+    return RequestRefused(message, "INVALID_ARGUMENT")
+
+
 def _text_tensors(
     prompt: str | bytes, max_tokens: int, stop: Sequence[str], bad: Sequence[str], options: dict[str, Any]
 ) -> dict[str, NDArray[Any]]:
-    tensors = {"text_input": _strings([prompt]), **_option_tensors({**options, "max_tokens": max_tokens}, TEXT_NAMES)}
+    tensors = {
+        "text_input": _strings("text_input", [prompt]),
+        **_option_tensors({**options, "max_tokens": max_tokens}, TEXT_NAMES),
+    }
     for name, words in (("stop_words", stop), ("bad_words", bad)):
         if words:
-            tensors[name] = _strings(words)
+            tensors[name] = _strings(name, words)
     return tensors
 
 
-def _strings(values: Sequence[str | bytes]) -> NDArray[Any]:
-    encoded = [value.encode("utf-8") if isinstance(value, str) else value for value in values]
+def _strings(name: str, values: Sequence[str | bytes]) -> NDArray[Any]:
+    if isinstance(values, str | bytes):  # its letters, one by one, are not what was meant
+        raise _refused(f"{name}: expected a list of texts, found the text {values[:80]!r}.")
+    encoded = []
+    for value in values:
+        if not isinstance(value, str | bytes):
+            raise _refused(f"{name}: expected a text, found {type(value).__name__}.")
+        try:
+            encoded.append(value.encode("utf-8") if isinstance(value, str) else value)
+        except UnicodeEncodeError as error:
+            raise _refused(f"{name}: expected text that UTF-8 can spell, found {error.reason} at {error.start}.") from error
     return np.asarray([encoded], dtype=np.object_)
 
 
@@ -140,13 +174,15 @@ def _option_tensors(options: dict[str, Any], names: dict[str, str]) -> dict[str,
     unknown = sorted(set(options) - set(names))
     if unknown:
         raise TypeError(f"unknown option {unknown[0]}; known are {', '.join(sorted(names))}")
-    given = {option: value for option, value in options.items() if value is not None}
-    return {names[option]: np.asarray([[value]], OPTION_DTYPES[option]) for option, value in given.items()}
+    try:
+        return {names[k]: option_array(k, names[k], value) for k, value in options.items() if value is not None}
+    except InputError as error:
+        raise _refused(str(error)) from error
 
 
 def _text(result: Any) -> str:
     array = result.as_numpy("text_output")
-    return "" if array is None else b"".join(array.reshape(-1).tolist()).decode("utf-8")
+    return "" if array is None else b"".join(array.reshape(-1).tolist()).decode("utf-8", "replace")
 
 
 def responses(
@@ -157,6 +193,9 @@ def responses(
     The stream is closed before this returns, and cancelled when it is left early: an open one would keep the server from
     stopping. Raises as ``stream_text``.
     """
+    check_url(url)
+    if not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
+        raise _refused(f"timeout: expected seconds above 0, found {timeout!r:.40}.")
     grpcclient = _tritonclient()
     inputs = []
     for name, array in tensors.items():
@@ -164,17 +203,20 @@ def responses(
         tensor.set_data_from_numpy(array)
         inputs.append(tensor)
     with _stream(grpcclient, url) as (client, answers):
-        client.async_stream_infer(model, inputs, request_id=request_id, enable_empty_final_response=True)
+        # A stream that has broken by now refuses the request in words of its own; why it broke is among the answers.
+        with contextlib.suppress(grpcclient.InferenceServerException):
+            client.async_stream_infer(model, inputs, request_id=request_id, enable_empty_final_response=True)
         deadline = time.monotonic() + timeout
         while True:
             try:
                 result, error = answers.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 raise ServerError(
-                    f"no answer from {model} at {url}", expected=f"a response within {timeout:g} s", found="none"
-                ) from None
+                    f"no answer from {model} at {url}", expected=f"a response within {timeout:g} s", found="none",
+                    remedy="wait longer (timeout), or see the server's log",
+                ) from None  # fmt: skip
             if error is not None:
-                raise RequestRefused(error.message(), _status(error))
+                raise _failure(url, error)
             deadline = time.monotonic() + timeout
             response = result.get_response()
             if response.outputs:
@@ -183,8 +225,31 @@ def responses(
                 return
 
 
-def _status(error: Any) -> str:
-    return str(error.status() or "").removeprefix("StatusCode.")
+def check_url(url: str) -> None:
+    """Raise ServerError unless the text is ``host:port``."""
+    if _is_address(url):
+        return
+    bare = re.sub(r"^[a-z]+://|/.*$", "", str(url)[:200])
+    raise ServerError(
+        "the server's address", expected="host:port, such as 127.0.0.1:8001", found=repr(url)[:200],
+        remedy=f"write {bare}, without more" if _is_address(bare) else "give the gRPC endpoint that `ngpt-deploy serve` prints",
+    )  # fmt: skip
+
+
+def _is_address(url: object) -> bool:
+    found = _URL.fullmatch(url) if isinstance(url, str) else None
+    return found is not None and 1 <= int(found["port"]) <= 65535
+
+
+def _failure(url: str, error: Any) -> ServerError:
+    """What an error of a stream means: no server there, or a request that the server refused."""
+    status = str(error.status() or "").removeprefix("StatusCode.")
+    if status not in _DEAD:
+        return RequestRefused(error.message(), status)
+    return ServerError(
+        f"no Triton server answers gRPC at {url}", found=error.message()[:300],
+        remedy="start one with `ngpt-deploy serve`, and give the gRPC port (8001 unless chosen otherwise), not the HTTP one",
+    )  # fmt: skip
 
 
 @contextmanager
@@ -207,9 +272,4 @@ def _tritonclient() -> Any:
     try:
         return importlib.import_module("tritonclient.grpc")
     except ImportError as error:
-        raise MissingPackageError(
-            "the Triton client is not installed",
-            expected="tritonclient[grpc]",
-            found=str(error),
-            remedy='Run: pip install "ngpt-deploy[serve]".',
-        ) from error
+        raise missing_package("the Triton client is not installed", "serve", found=str(error)) from error

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from ngpt.checkpoint import open_checkpoint
 from ngpt.errors import PackagingError
-from triton_repo.package import TOKENIZER_FILES, copy_files, new_folder
+from ngpt.folder import new_folder
+from triton_repo.package import TOKENIZER_FILES, copy_files
 
 _HERE = Path(__file__).resolve().parent
 _FOLDER = "checkpoint"
@@ -73,7 +74,7 @@ def package_checkpoint(
         "kv_cache_config": {"free_gpu_memory_fraction": kv_cache_fraction},
         "triton_config": {"max_batch_size": 0, "decoupled": True},
     }
-    with new_folder(output) as partial:
+    with new_folder(output, kind=PackagingError) as partial:
         version = partial / "tensorrt_llm" / "1"
         copy_files(_HERE / "templates" / "llmapi", ("model.py",), version)
         copy_files(_HERE / "templates" / "llmapi", ("config.pbtxt",), version.parent)

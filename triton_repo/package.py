@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from string import Template
@@ -20,7 +18,8 @@ import engines.runtime
 from engines.runtime.compatibility import check_slots
 from engines.runtime.errors import ServingError
 from engines.runtime.manifest import Manifest, contained_path, read_manifest, verify_files
-from ngpt.errors import OutputExistsError, PackagingError
+from ngpt.errors import PackagingError
+from ngpt.folder import check_free, new_folder
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ LAYOUTS = {"onnxruntime": OWN, "tensorrt": OWN, "tensorrt_rtx": OWN, "tensorrt_l
 """By manifest.target.runtime. OWN: this project's scheduler around the engine. TENSORRT_LLM: the engine in TensorRT-LLM's own backend."""
 MODELS = tuple(OWN.models)
 _MOST_INSTANCES = 16
+_MOST = (1 << 31) - 1  # a count in a repository's configuration has 32 bits
 _WITH_TOKENIZER = ("preprocessing", "postprocessing", "ensemble")
 _HERE = Path(__file__).resolve().parent
 _TEMPLATES = _HERE / "templates"
@@ -87,12 +87,13 @@ def package_engine(
     """
     engine, output = Path(engine_dir), Path(output_dir).absolute()
     for name, value in (("num_slots", num_slots), ("max_queue", max_queue), ("threads", threads)):
-        if value is not None and value < 1:
-            raise PackagingError(name, expected="at least 1", found=str(value))
+        if value is not None and not 1 <= value <= _MOST:
+            raise PackagingError(name, expected="at least 1" if value < 1 else f"at most {_MOST}", found=str(value))
     if not 0 < kv_cache_fraction <= 1:
         raise PackagingError("kv_cache_fraction", expected="above 0, at most 1", found=str(kv_cache_fraction))
     if not PurePosixPath(mount).is_absolute():
         raise PackagingError("mount", expected="an absolute path such as /models", found=mount)
+    check_free(output, kind=PackagingError)  # before gigabytes are hashed
     manifest = _checked_manifest(engine, allow_unverified, num_slots)
     layout = LAYOUTS[manifest.target.runtime]
     values = _values(manifest, num_slots, max_queue, threads, exclude_input_in_output)
@@ -101,47 +102,26 @@ def package_engine(
     # Calls to another model are made one at a time in each process: several at once can hang the Python backend.
     in_turn = layout.link == "bls_link.py"
     values |= {"in_turn": str(in_turn).lower(), "text_instances": str(min(num_slots, _MOST_INSTANCES) if in_turn else 1)}
-    with new_folder(output) as partial:
+    needed = sum(entry.bytes for entry in manifest.files.values())
+    with new_folder(output, needed=needed, kind=PackagingError) as partial:
         for model in layout.models:
             _write_model(partial / model, model, layout, values)
         _copy_engine(engine, manifest, partial / "tensorrt_llm" / _VERSION / "engine")
         for model in (model for model, template in layout.models.items() if template in _WITH_TOKENIZER):
-            copy_files(engine, TOKENIZER_FILES, partial / model / _VERSION / "tokenizer")
+            place = partial / model / _VERSION / "tokenizer"
+            place.mkdir()
+            for name in TOKENIZER_FILES:
+                if (path := contained_path(engine, name)).is_file():
+                    shutil.copyfile(path, place / name)
     return output
-
-
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` to write into; it becomes `output` at the end, whole, or vanishes on an error.
-
-    Raises OutputExistsError if `output` exists, PackagingError for trouble with the disk.
-    """
-    if output.exists() or output.is_symlink():
-        raise OutputExistsError(
-            "the output folder is already in use",
-            expected="a path that does not exist",
-            found=str(output),
-            remedy="Choose another folder or remove this one.",
-        )
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
-    except OSError as error:
-        raise PackagingError("the output folder cannot be made", found=str(error)) from error
-    try:
-        partial.chmod(0o755)
-        yield partial
-        partial.rename(output)
-    except OSError as error:
-        raise PackagingError("the model repository could not be written", found=str(error)) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _checked_manifest(engine: Path, allow_unverified: bool, num_slots: int) -> Manifest:
     try:
         manifest = read_manifest(engine)
         verify_files(engine, manifest)
+        for name in TOKENIZER_FILES:
+            contained_path(engine, name)  # copied where it is there, even if the manifest does not name it
     except ServingError as error:
         raise PackagingError("this engine cannot be packaged", found=str(error), remedy="Build the engine again.") from error
     try:
@@ -172,11 +152,11 @@ def _check_batch(engine: Path, manifest: Manifest, num_slots: int) -> None:
     """The slots must not exceed the batch that trtllm-build wrote into the engine's config.json."""
     try:
         text = (engine / _graph_folder(manifest) / "config.json").read_text(encoding="utf-8")
-        most = json.loads(text)["build_config"]["max_batch_size"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        most = int(json.loads(text)["build_config"]["max_batch_size"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise PackagingError(
             f"{manifest.name} has no readable config.json of trtllm-build", expected="build_config.max_batch_size",
-            found=f"{type(error).__name__}: {error}", remedy="Build the engine again.",
+            found=f"{type(error).__name__}: {error}"[:300], remedy="Build the engine again.",
         ) from error  # fmt: skip
     if num_slots > most:
         raise PackagingError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import http.client
 import importlib.metadata
 import importlib.util
 import os
@@ -20,13 +21,12 @@ import sys
 import sysconfig
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from ngpt.errors import MissingPackageError, ServerError
+from ngpt.errors import ServerError, missing_package, os_trouble
 
 Probe = Callable[[str], object]
 """Called with ``host:port`` of the gRPC endpoint; must run one real inference and raise if it fails."""
@@ -59,12 +59,7 @@ def triton_home() -> Path:
     """
     spec = importlib.util.find_spec("pytriton")
     if spec is None or not spec.submodule_search_locations:
-        raise MissingPackageError(
-            "the Triton server is not installed",
-            expected="nvidia-pytriton",
-            found="nothing",
-            remedy='Run: pip install "ngpt-deploy[serve]".',
-        )
+        raise missing_package("the Triton server is not installed", "serve")
     return Path(next(iter(spec.submodule_search_locations))) / "tritonserver"
 
 
@@ -92,7 +87,8 @@ class TritonServer:
         stop_timeout: seconds that requests in flight get after SIGTERM.
 
     Raises:
-        ServerError: the server did not start, or no inference succeeded in time; the message ends with the log's tail.
+        ServerError: a port that cannot be had; the server did not start, or no inference succeeded in time: the log's tail is then
+            a note of the error.
         MissingPackageError: nvidia-pytriton is not installed.
     """
 
@@ -111,8 +107,18 @@ class TritonServer:
         self.repository = Path(repository).resolve()
         if not self.repository.is_dir():
             raise ServerError(
-                "no model repository", expected="a folder", found=str(repository), remedy="Run package_engine first."
+                "no model repository", expected="a folder", found=str(repository), remedy="make one with `ngpt-deploy package`"
             )
+        ports = {"http_port": http_port, "grpc_port": grpc_port, "metrics_port": metrics_port}
+        for name, wanted in ports.items():
+            if isinstance(wanted, bool) or not isinstance(wanted, int) or not 0 <= wanted <= 65535:
+                raise ServerError(name, expected="a port from 0 (any free one) to 65535", found=repr(wanted)[:40])
+        chosen = [wanted for wanted in ports.values() if wanted]
+        if len(set(chosen)) < len(chosen):
+            raise ServerError(
+                "the server's ports", expected="three that differ", found=", ".join(map(str, ports.values())),
+                remedy="choose others, or 0 for any that is free",
+            )  # fmt: skip
         self._work = Path()
         self._log_wanted = Path(log_path).absolute() if log_path is not None else None
         self.log_path = self._log_wanted or Path()
@@ -172,24 +178,30 @@ class TritonServer:
             raise ServerError("the server is already running", found=f"pid {self._process.pid}")
         check_numpy()
         home = triton_home()
-        self._work = Path(tempfile.mkdtemp(prefix="ngpt-triton-"))
-        self.log_path = self._log_wanted or self._work / "server.txt"
-        backends = self._prepare_backends(home)
-        # A port that was free when asked for may be taken by the time the server binds it.
-        for attempt in range(3):
-            self._launch(home, backends)
-            try:
-                self._wait_until_it_answers()
-                return
-            except ServerError:
-                port_taken = self._process is not None and "already in use" in self._log_text().lower()
-                self._terminate()
-                if attempt == 2 or not port_taken:
-                    self.stop()
-                    raise
-            except BaseException:
-                self.stop()
-                raise
+        for port in filter(None, self._wanted_ports):
+            _check_port(port)
+        try:
+            self._work = Path(tempfile.mkdtemp(prefix="ngpt-triton-"))
+            self.log_path = self._log_wanted or self._work / "server.txt"
+            backends = self._prepare_backends(home)
+            # A port that was free when asked for may be taken by the time the server binds it.
+            for attempt in range(3):
+                self._launch(home, backends)
+                try:
+                    self._wait_until_it_answers()
+                    return
+                except ServerError:
+                    port_taken = self._process is not None and "already in use" in self._log_text().lower()
+                    self._terminate()
+                    if attempt == 2 or not port_taken:
+                        raise
+        except OSError as error:  # of the log, of the scratch folder, of starting the program
+            self.stop()
+            found, remedy = os_trouble(error)
+            raise ServerError("the Triton server cannot be started", found=found, remedy=remedy) from error
+        except BaseException:  # Ctrl-C and SIGTERM too
+            self.stop()
+            raise
 
     def wait(self) -> None:
         """Block until the server ends by itself. Raises ServerError when it does, for nobody asked it to."""
@@ -291,7 +303,9 @@ class TritonServer:
         # A failing model is reported early, and followed by pages of tables.
         errors = [line for line in lines[:-_LOG_TAIL_LINES] if line.startswith("E") or "Error" in line]
         tail = "\n".join([*errors[:_LOG_TAIL_LINES], *lines[-_LOG_TAIL_LINES:]])
-        return ServerError(what, remedy=f"From the server's log:\n{tail}")
+        error = ServerError(what, remedy="see the server's log")
+        error.add_note(f"From the server's log:\n{tail}")
+        return error
 
     def _log_text(self) -> str:
         return self.log_path.read_text(errors="replace") if self.log_path.is_file() else ""
@@ -328,9 +342,22 @@ def _free_ports() -> tuple[int, int, int]:
             each.close()
 
 
+def _check_port(port: int) -> None:
+    """Raise ServerError where nothing can listen on the port."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was closed a moment ago is free
+        try:
+            probe.bind((_HOST, port))
+        except OSError as error:
+            raise ServerError(
+                f"port {port} cannot be had on {_HOST}", expected="a free port", found=error.strerror or str(error),
+                remedy="stop what listens there, or choose another (0: any that is free)",
+            ) from error  # fmt: skip
+
+
 def _http_ok(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=2.0) as response:
             return bool(response.status == 200)
-    except (urllib.error.URLError, OSError):
+    except (OSError, http.client.HTTPException):  # URLError is an OSError; the other is what a port says that speaks no HTTP
         return False

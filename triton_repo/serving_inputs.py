@@ -6,8 +6,10 @@ Names, dtypes and neutral values are those of the public TensorRT-LLM model repo
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +66,18 @@ OPTION_DTYPES: dict[str, type[np.generic]] = {
     "seed": np.uint64,
     **{name: np.bool_ for name in TOKENS_NAMES if name.startswith("return_") or name in ("stream", "exclude_input")},
 }
+# The values that mean something whoever serves them: what holds, how that is said, and what else there is to say.
+_RANGES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
+    "max_tokens": (lambda value: value >= 1, "at least 1", "Say how many tokens to generate."),
+    "min_tokens": (lambda value: value >= 0, "0 or more", ""),
+    "end_id": (lambda value: value >= -1, "a token id, or -1 for none", ""),
+    "beam_width": (lambda value: value >= 0, "0 or more", ""),
+    "num_return_sequences": (lambda value: value >= 0, "0 or more", ""),
+    "top_k": (lambda value: value >= 0, "0 or more", ""),
+    "top_p": (lambda value: 0.0 <= value <= 1.0, "0 to 1", ""),
+    "temperature": (lambda value: value >= 0.0, "0 or more", ""),
+    "repetition_penalty": (lambda value: value > 0.0, "more than 0", ""),
+}
 
 
 @dataclass(frozen=True)
@@ -91,6 +105,48 @@ def scalar(inputs: Inputs, name: str) -> Any:
     return value
 
 
+def check_range(option: str, name: str, value: Any) -> None:
+    """Raise InputError, by the tensor's name, for a value of an option that makes sense to no server."""
+    if option in _RANGES:
+        holds, expected, remedy = _RANGES[option]
+        if not holds(value):
+            raise InputError(f"{name}: expected {expected}, found {value}. {remedy}".rstrip())
+
+
+def option_array(option: str, name: str, value: Any) -> NDArray[Any]:
+    """The tensor [1, 1] of an option, in its dtype. Raises InputError for a value that it cannot hold as it is, or out of range."""
+    kind: np.dtype[Any] = np.dtype(OPTION_DTYPES[option])
+    number: Any
+    if kind.kind == "b":
+        number, good, expected = value, isinstance(value, bool | np.bool_), "True or False"
+    elif kind.kind == "f":
+        number = math.nan
+        with contextlib.suppress(OverflowError):  # an integer beyond the largest float
+            if _is_integer(value) or isinstance(value, float | np.floating):
+                number = float(value)
+        limit = float(np.finfo(kind).max)
+        good, expected = abs(number) <= limit and bool(np.float32(number)) == bool(number), "a finite number of 32 bits"
+    else:
+        low, high = int(np.iinfo(kind).min), int(np.iinfo(kind).max)
+        number = operator.index(value) if _is_integer(value) else None
+        good, expected = number is not None and low <= number <= high, f"a whole number from {max(low, -1)} to {high}"
+    if not good:
+        raise InputError(f"{name}: expected {expected}, found {_shown(value)}.")
+    check_range(option, name, number)
+    return np.asarray([[number]], kind)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value.item() if isinstance(value, np.generic) else value)[:80]
+    except ValueError:  # an integer of more digits than Python spells
+        return f"a value of type {type(value).__name__}"
+
+
 def parse_options(inputs: Inputs, names: Mapping[str, str], vocab_size: int) -> Options:
     """Read and check every option of a request.
 
@@ -115,17 +171,14 @@ def parse_options(inputs: Inputs, names: Mapping[str, str], vocab_size: int) -> 
         if not good:
             raise InputError(f"{names[option]}: expected {expected}, found {given.get(option)}. {remedy}".rstrip())
 
-    require("max_tokens", given.get("max_tokens", 0) >= 1, "at least 1", "Say how many tokens to generate.")
+    for option, value in {"max_tokens": 0, **given}.items():
+        check_range(option, names[option], value)
     for option in ("beam_width", "num_return_sequences"):
         require(option, given.get(option, 1) in (0, 1), "1", "Beam search and several sequences are not supported.")
     require("length_penalty", given.get("length_penalty", 0.0) in (0.0, 1.0), "0 or 1", "It is for beam search only.")
     require("end_id", -1 <= given.get("end_id", -1) < vocab_size, f"a token id below {vocab_size}, or -1 for none")
     most = given["max_tokens"]
     require("min_tokens", 0 <= given.get("min_tokens", 0) <= most, f"0 to {names['max_tokens']} ({most})")
-    require("top_k", given.get("top_k", 0) >= 0, "0 or more")
-    require("top_p", 0.0 <= given.get("top_p", 0.0) <= 1.0, "0 to 1")
-    require("temperature", given.get("temperature", 1.0) >= 0.0, "0 or more")
-    require("repetition_penalty", given.get("repetition_penalty", 1.0) > 0.0, "more than 0")
 
     sampling: dict[str, Any] = {
         "max_new_tokens": given["max_tokens"],

@@ -14,7 +14,7 @@ import torch
 
 from engines.parity.trace import Trace
 from ngpt.checkpoint import Checkpoint, save_hf
-from ngpt.errors import MissingPackageError
+from ngpt.errors import missing_package
 
 DTYPES = {
     "float64": torch.float64,
@@ -53,9 +53,7 @@ class TorchReference:
         try:
             from ngpt import NGPTForCausalLM
         except ImportError as error:
-            raise MissingPackageError(
-                "the parity check needs torch and transformers", remedy="pip install 'ngpt-deploy[dev]'"
-            ) from error
+            raise missing_package("the parity check needs torch and transformers", "torch", found=str(error)) from error
         dtype = DTYPES[precision]
         self.precision = precision
         with _quiet_loading():

@@ -10,8 +10,8 @@ from __future__ import annotations
 from .errors import EngineFileError, ServingError
 from .manifest import Manifest
 
-# manifest.target.runtime, which is the Python module that built the plan and must load it -> pip extra
-EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
+# manifest.target.runtime, which is the Python module that built the plan and must load it -> the package that installs it
+PACKAGES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx-cu13"}
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _REBUILD = "Build the engine again for this machine, or serve it on the one it was built for."
 # TensorRT wants tensor addresses aligned like cudaMalloc's; every row of the cache is such an address.
@@ -27,7 +27,7 @@ def problems(
     device can give. None for any of them: not known, not checked.
     """
     runtime = manifest.target.runtime
-    if runtime not in EXTRAS:
+    if runtime not in PACKAGES:
         return []
     found: list[ServingError] = list(_malformed(manifest))
     if found:
@@ -62,7 +62,7 @@ def problems(
 
 def check_slots(manifest: Manifest, num_slots: int) -> None:
     """Raises EngineFileError if the engine cannot decode `num_slots` sequences at once."""
-    if manifest.target.runtime not in EXTRAS:
+    if manifest.target.runtime not in PACKAGES:
         return
     for problem in _malformed(manifest):
         raise problem
@@ -76,7 +76,7 @@ def check_slots(manifest: Manifest, num_slots: int) -> None:
 
 def slots_for(manifest: Manifest, wanted: int) -> int:
     """`wanted` slots, or as many as the engine was built for where those are fewer."""
-    return min(wanted, flag(manifest, "decode_batch")) if manifest.target.runtime in EXTRAS else wanted
+    return min(wanted, flag(manifest, "decode_batch")) if manifest.target.runtime in PACKAGES else wanted
 
 
 def flag(manifest: Manifest, name: str) -> int:

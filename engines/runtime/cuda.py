@@ -26,13 +26,13 @@ class Cuda:
     for any error that CUDA reports.
     """
 
-    def __init__(self, extra: str) -> None:
+    def __init__(self) -> None:
         try:
             self._runtime: Any = importlib.import_module("cuda.bindings.runtime")
         except ImportError as error:
             raise MissingRuntimeError(
                 "the library cuda-bindings", expected="installed", found="not installed",
-                remedy=f"Install the extra: pip install 'ngpt-deploy[{extra}]'.",
+                remedy="Run: pip install 'cuda-bindings>=13'",
             ) from error  # fmt: skip
         self._device: list[int] = []
         self._host: list[int] = []

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .compatibility import slots_for
-from .errors import ClosedError, EngineFileError, MissingRuntimeError, RequestError
-from .manifest import Manifest, read_manifest
+from .errors import ClosedError, EngineFileError, MissingRuntimeError, RequestError, RunnerError, ServingError
+from .manifest import Manifest, contained_path, read_manifest
 from .manifest import verify_files as check_files
 from .request import RequestHandle, TokenEvent
 from .runner import Runner, Tokens
@@ -206,7 +206,7 @@ def load_engine(
     folder = Path(path)
     manifest = read_manifest(folder)
     check_files(folder, manifest, digests=verify_files)
-    tokenizer = Tokenizer.load(folder) if (folder / TOKENIZER_NAME).exists() else None
+    tokenizer = Tokenizer.load(contained_path(folder, TOKENIZER_NAME)) if (folder / TOKENIZER_NAME).exists() else None
     slots = slots_for(manifest, _USUAL_SLOTS) if num_slots is None else num_slots
     return Engine(open_runner(folder, manifest, slots, threads), manifest, tokenizer)
 
@@ -227,17 +227,26 @@ def open_runner(folder: Path, manifest: Manifest, num_slots: int, threads: int |
             else "This engine needs another version of the package.",
         )
     module, name, library = _RUNNERS[runtime]
+    remedy = "See whether the engine was built for this machine and this version of its runtime; if it was, build it again."
     try:
         kind = getattr(importlib.import_module(module, __package__), name)
         runner = kind(folder, manifest, num_slots, threads)
+    except ServingError:
+        raise
     except ModuleNotFoundError as error:
         if error.name != library:
             raise
         raise MissingRuntimeError(
-            f"the library {library}",
-            expected="installed",
-            found="not installed",
-            remedy="Install the extra: pip install 'ngpt-deploy[onnx]'.",
+            f"the library {library}", expected="installed", found="not installed", remedy=f"Run: pip install {library}"
+        ) from error
+    except MemoryError as error:
+        raise RunnerError(
+            f"the engine {manifest.name[:200]} does not fit this machine's memory", found=str(error)[:200],
+            remedy=f"Ask for fewer slots than {num_slots}, or use a machine with more memory.",
+        ) from error  # fmt: skip
+    except Exception as error:  # a manifest and a graph that contradict each other end in the runtime's own errors
+        raise EngineFileError(
+            f"the engine {manifest.name[:200]} cannot be loaded", found=f"{type(error).__name__}: {error}"[:500], remedy=remedy
         ) from error
     return cast(Runner, runner)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,6 +17,12 @@ from .errors import EngineFileError
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 20
+MAX_LAYERS = 10_000
+"""Each costs objects when the engine is loaded, before its graph can contradict."""
+_MAX_INT = (1 << 31) - 1  # of a model's sizes
+_MAX_TEXT, _MAX_KEY, _MAX_DEPTH = 4096, 200, 32
+Progress = Callable[[str, float], None]
+"""Called as progress(what is being done, fraction done of all)."""
 _CACHES = ("in-place", "past-present", "growing", "paged")
 
 
@@ -33,13 +41,12 @@ class TargetInfo:
     def __post_init__(self) -> None:
         for key in ("name", "runtime", "precision"):
             _text(f"target.{key}", getattr(self, key))
-        if not isinstance(self.note, str):
-            raise _wrong("target.note", "a text", self.note)
+        _text("target.note", self.note, empty=True)
         if not isinstance(self.executed, bool):
             raise _wrong("target.executed", "true or false", self.executed)
-        if self.cache not in _CACHES:
+        if not isinstance(self.cache, str) or self.cache not in _CACHES:
             raise _wrong("target.cache", " or ".join(_CACHES), self.cache)
-        if not isinstance(self.providers, tuple):
+        if not isinstance(self.providers, tuple) or (self.runtime == "onnxruntime" and not self.providers):
             raise _wrong("target.providers", "a list of texts", self.providers)
         for item in self.providers:
             _text("target.providers", item)
@@ -67,8 +74,9 @@ class ModelInfo:
         _text("model.cache_dtype", self.cache_dtype)
         for key in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_length"):
             value = getattr(self, key)
-            if not _is_int(value) or value < 1:
-                raise _wrong(f"model.{key}", "an integer of at least 1", value)
+            most = MAX_LAYERS if key == "num_layers" else _MAX_INT
+            if not _is_int(value) or not 1 <= value <= most:
+                raise _wrong(f"model.{key}", f"an integer from 1 to {most}", value)
         if self.num_heads % self.num_kv_heads:
             raise _wrong("model.num_kv_heads", f"a divisor of num_heads ({self.num_heads})", self.num_kv_heads)
         if not isinstance(self.eos_token_ids, tuple):
@@ -88,7 +96,7 @@ class FileEntry:
     sha256: str
 
     def __post_init__(self) -> None:
-        if not _is_int(self.bytes) or self.bytes < 0:
+        if not _is_int(self.bytes) or not 0 <= self.bytes < 1 << 63:
             raise _wrong("files.bytes", "a size in bytes", self.bytes)
         text = self.sha256
         if not isinstance(text, str) or len(text) != 64 or set(text) - set("0123456789abcdef"):
@@ -112,28 +120,29 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION or isinstance(self.schema_version, bool):
+        if not _is_int(self.schema_version) or self.schema_version != SCHEMA_VERSION:
             raise EngineFileError(
                 "manifest schema_version",
                 expected=str(SCHEMA_VERSION),
-                found=repr(self.schema_version),
+                found=_shown(self.schema_version),
                 remedy="Build the engine again with this version of the package.",
             )
         _text("name", self.name)
         _text("created", self.created)
         for key, table in (("digests", self.digests), ("tools", self.tools)):
             for item, value in _mapping(key, table).items():
-                if not isinstance(value, str):
-                    raise _wrong(f"{key}.{item}", "a text", value)
-        _mapping("flags", self.flags)
+                _text(f"a name in {key}", item, most=_MAX_KEY)
+                _text(f"{key}.{item}", value, empty=True)
+        _values("flags", _mapping("flags", self.flags))
         for name in _mapping("files", self.files):
             check_name(name)
-        if self.graph not in self.files:
+        if not isinstance(self.graph, str) or self.graph not in self.files:
             raise _wrong("graph", "a name listed under files", self.graph)
         if self.parity is not None:
             verdict = _mapping("parity", self.parity).get("verdict")
             if verdict not in ("pass", "fail"):
                 raise _wrong("parity.verdict", "pass or fail", verdict)
+            _values("parity", self.parity)
 
     @classmethod
     def from_dict(cls, data: object) -> Manifest:
@@ -142,7 +151,7 @@ class Manifest:
         table["target"] = _build(TargetInfo, "target", table["target"], lists=("providers",))
         table["model"] = _build(ModelInfo, "model", table["model"], lists=("eos_token_ids",))
         files = _mapping("files", table["files"])
-        table["files"] = {n: _build(FileEntry, f"files.{n}", e) for n, e in files.items()}
+        table["files"] = {check_name(n): _build(FileEntry, f"files.{n}", e) for n, e in files.items()}
         return cls(**table)
 
     def to_dict(self) -> dict[str, Any]:
@@ -160,16 +169,18 @@ class Manifest:
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Reads and validates `folder`/manifest.json (at most 1 MiB). Raises EngineFileError."""
+    """Reads and validates `folder`/manifest.json: strict JSON of at most 1 MiB, each key once. Raises EngineFileError."""
     path = Path(folder) / MANIFEST_NAME
     remedy = "Point at a folder that the build wrote."
-    if not path.is_file():
-        raise EngineFileError(f"{path}", expected="an engine's manifest", found="no such file", remedy=remedy)
-    raw = read_bounded(path, MAX_MANIFEST_BYTES)
+    with _reading(path):
+        if not path.is_file():
+            found = "no such file" if not os.path.lexists(path) else "something that is no file"
+            raise EngineFileError(f"{path}", expected="an engine's manifest", found=found, remedy=remedy)
+        raw = read_bounded(path, MAX_MANIFEST_BYTES)
     try:
-        data = json.loads(raw.decode("utf-8"))
+        data = json.loads(raw.decode("utf-8"), object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
-        raise EngineFileError(f"{path}", expected="JSON in UTF-8", found=str(error), remedy=remedy) from error
+        raise EngineFileError(f"{path}", expected="JSON in UTF-8", found=str(error)[:200], remedy=remedy) from error
     return Manifest.from_dict(data)
 
 
@@ -186,19 +197,27 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> Path:
     return path
 
 
-def describe_file(path: str | Path) -> FileEntry:
-    """Size and SHA-256 of a file, read in pieces."""
+def describe_file(path: str | Path, progress: Callable[[int], None] | None = None) -> FileEntry:
+    """Size and SHA-256 of a file, read in pieces; `progress` is called with the bytes of each."""
     digest, size = hashlib.sha256(), 0
     with Path(path).open("rb") as stream:
         while piece := stream.read(1 << 20):
             digest.update(piece)
             size += len(piece)
+            if progress is not None:
+                progress(len(piece))
     return FileEntry(bytes=size, sha256=digest.hexdigest())
 
 
 def check_name(name: object) -> str:
-    """A relative POSIX path that stays in its folder; anything else raises EngineFileError."""
-    good = isinstance(name, str) and name != "" and not set(name) & {"\\", "\0", ":"}
+    """A relative POSIX path of printable characters that stays in its folder; anything else raises EngineFileError."""
+    good = (
+        isinstance(name, str)
+        and name != ""
+        and len(name) <= _MAX_TEXT
+        and name.isprintable()
+        and not set(name) & {"\\", ":", '"'}
+    )
     if good and isinstance(name, str):
         parts = name.split("/")
         good = not PurePosixPath(name).is_absolute() and not set(parts) & {"", ".", ".."}
@@ -209,8 +228,9 @@ def check_name(name: object) -> str:
 
 def contained_path(folder: str | Path, name: str) -> Path:
     """The path of a named file of the engine; raises EngineFileError if a link leads out of the folder."""
-    root = Path(folder).resolve()
-    path = (root / check_name(name)).resolve()
+    with _reading(Path(folder, check_name(name))):
+        root = Path(folder).resolve()
+        path = (root / name).resolve()
     if not path.is_relative_to(root):
         raise EngineFileError(
             f"engine file {name!r}",
@@ -221,20 +241,32 @@ def contained_path(folder: str | Path, name: str) -> Path:
     return path
 
 
-def verify_files(folder: str | Path, manifest: Manifest, *, digests: bool = True) -> None:
-    """Compares every listed file with its size and, unless `digests` is False, its SHA-256.
+def verify_files(folder: str | Path, manifest: Manifest, *, digests: bool = True, progress: Progress | None = None) -> None:
+    """Compares every listed file with its size and, unless `digests` is False, its SHA-256. All sizes come first: they cost nothing.
 
     Raises EngineFileError naming the first bad one.
     """
     remedy = "Copy the engine folder again, or build it again."
+    paths = {name: contained_path(folder, name) for name in manifest.files}
     for name, entry in manifest.files.items():
-        path = contained_path(folder, name)
-        if not path.is_file():
+        with _reading(paths[name]):
+            size = paths[name].stat().st_size if paths[name].is_file() else None
+        if size is None:
             raise EngineFileError(f"engine file {name!r}", expected="a file", found="nothing", remedy=remedy)
-        size = path.stat().st_size
         if size != entry.bytes:
             raise EngineFileError(f"engine file {name!r}", expected=f"{entry.bytes} bytes", found=f"{size} bytes", remedy=remedy)
-        if digests and (found := describe_file(path)) != entry:
+    total, done = max(1, sum(entry.bytes for entry in manifest.files.values())), 0
+
+    def read(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(f"checking {name}", done / total)
+
+    for name, entry in manifest.files.items() if digests else ():
+        with _reading(paths[name]):
+            found = describe_file(paths[name], read)
+        if found != entry:
             raise EngineFileError(f"engine file {name!r}", expected=f"SHA-256 {entry.sha256}", found=found.sha256, remedy=remedy)
 
 
@@ -249,12 +281,48 @@ def read_bounded(path: Path, limit: int) -> bytes:
     return raw
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Trouble with the file system, loops of links included, as EngineFileError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        found = getattr(error, "strerror", None) or str(error)[:200]
+        raise EngineFileError(
+            f"{path}",
+            expected="a file that can be read",
+            found=found,
+            remedy="See whether the path is right and who may read it.",
+        ) from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in table:
+            raise ValueError(f"the key {key[:_MAX_KEY]!r} twice")
+        table[key] = value
+    return table
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"the number {text[:40]}, which is not finite")
+    return number
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)[:200]
+    except (RecursionError, ValueError):  # nested too deep, or a number of too many digits
+        return f"a value of type {type(value).__name__}"
+
+
 def _wrong(key: str, expected: str, found: object) -> EngineFileError:
-    shown = repr(found)
     return EngineFileError(
-        f"manifest field {key!r}",
+        f"manifest field {key[:_MAX_KEY]!r}",
         expected=expected,
-        found=shown[:200],
+        found=_shown(found),
         remedy="Build the engine again; do not edit the manifest by hand.",
     )
 
@@ -263,9 +331,18 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _text(key: str, value: object) -> None:
-    if not isinstance(value, str) or not value:
-        raise _wrong(key, "a text that is not empty", value)
+def _text(key: str, value: object, *, most: int = _MAX_TEXT, empty: bool = False) -> None:
+    if not isinstance(value, str) or not (value or empty) or len(value) > most:
+        raise _wrong(key, f"a text of {0 if empty else 1} to {most} characters", value)
+
+
+def _values(key: str, value: object, depth: int = 0) -> None:
+    """JSON values that are not nested without end."""
+    if depth > _MAX_DEPTH:
+        raise _wrong(key, f"at most {_MAX_DEPTH} levels", value)
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    for item in inner:
+        _values(key, item, depth + 1)
 
 
 def _mapping(key: str, value: object) -> Mapping[str, Any]:
@@ -279,8 +356,8 @@ def _keys(key: str, value: object, kind: type) -> Mapping[str, Any]:
     table = _mapping(key, value)
     allowed = {f.name for f in fields(kind)}
     needed = allowed - {"note", "flags", "parity"}
-    if unknown := sorted(set(table) - allowed):
-        raise _wrong(f"{key}.{unknown[0]}", "no such key", table[unknown[0]])
+    if unknown := sorted(map(str, set(table) - allowed)):
+        raise _wrong(f"{key}.{unknown[0]}", "no such key", table.get(unknown[0]))
     if missing := sorted(needed - set(table)):
         raise _wrong(f"{key}.{missing[0]}", "a value", None)
     return table

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import EngineFileError
+from .errors import EngineFileError, MissingRuntimeError
 from .rows import Rows
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Logits = NDArray[np.float32]
 _DTYPES = {"float32": np.float32, "float16": np.float16}
+_HEAD_MULTIPLE = 8  # the fused attention's kernels want heads of so many channels, and a graph for them pads
 
 
 class OnnxRunner:
@@ -32,9 +33,13 @@ class OnnxRunner:
         self.vocab_size, self.max_length, self.num_slots = model.vocab_size, model.max_length, num_slots
         self.layers = model.num_layers
         self.in_place = manifest.target.cache == "in-place"
+        if model.cache_dtype not in _DTYPES or manifest.target.cache not in ("in-place", "growing"):
+            raise _contradiction(
+                manifest, "a cache in-place or growing, of float32 or float16", f"{manifest.target.cache}, {model.cache_dtype}"
+            )
         self._session = _open_session(folder / manifest.graph, manifest.target.providers, threads)
         self._device = "cuda" if self._session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
-        row = (model.num_kv_heads, self.max_length, _cache_channels(self._session, model.head_dim))
+        row = (model.num_kv_heads, self.max_length, _cache_channels(self._session, manifest))
         dtype = np.dtype(_DTYPES[model.cache_dtype])
         self._cache: _SharedCache | _GrowingCache
         if self.in_place:
@@ -86,6 +91,32 @@ class OnnxRunner:
         self._rows.lengths[block.first + block.places] += 1
         result: Logits = logits[block.places, 0]
         return result
+
+
+def _cache_channels(session: Any, manifest: Manifest) -> int:
+    """Channels of a cached head: the graph says so, because a kernel may want more than the network has.
+
+    Raises EngineFileError unless the graph's cache has the layers and heads that the manifest says: a mere subset would be bound.
+    """
+    model = manifest.model
+    found = {value.name: value.shape for value in session.get_inputs() if value.name.startswith("past_key_values.")}
+    wanted = {f"past_key_values.{layer}.{kind}" for layer in range(model.num_layers) for kind in ("key", "value")}
+    if set(found) != wanted:
+        raise _contradiction(manifest, f"{model.num_layers} layers", f"{len(found) // 2}")
+    channels = {shape[3] if len(shape) == 4 else 0 for shape in found.values()}
+    widest = -(-model.head_dim // _HEAD_MULTIPLE) * _HEAD_MULTIPLE
+    for name, shape in found.items():
+        heads = shape[1] if len(shape) == 4 else 0
+        if heads != model.num_kv_heads or len(channels) != 1 or not channels <= {model.head_dim, widest}:
+            raise _contradiction(manifest, f"[batch, {model.num_kv_heads}, length, {model.head_dim}]", f"{name} {shape}")
+    return int(channels.pop())
+
+
+def _contradiction(manifest: Manifest, expected: str, found: str) -> EngineFileError:
+    return EngineFileError(
+        f"the graph of {manifest.name[:200]} is not the one that its manifest describes", expected=expected, found=found[:300],
+        remedy="Build the engine again; do not edit the manifest by hand.",
+    )  # fmt: skip
 
 
 class _SharedCache:
@@ -172,25 +203,19 @@ class _GrowingCache:
         self._state.pop(row, None)
 
 
-def _cache_channels(session: Any, head_dim: int) -> int:
-    """Channels of a cached head: the graph says so, because a kernel may want more than the network has."""
-    shapes = {value.name: value.shape for value in session.get_inputs()}
-    found = (shapes.get("past_key_values.0.key") or [head_dim])[-1]
-    return found if isinstance(found, int) else head_dim
-
-
 def _open_session(graph: Path, providers: Sequence[str], threads: int | None) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise EngineFileError(
-            "this engine runs on ONNX Runtime, which is not installed", remedy="pip install 'ngpt-deploy[onnx]'"
-        ) from error
+        raise MissingRuntimeError(
+            "this engine runs on ONNX Runtime", expected="onnxruntime installed", found="not installed",
+            remedy="Run: pip install onnxruntime",
+        ) from error  # fmt: skip
     available = onnxruntime.get_available_providers()
     if providers[0] not in available:
         raise EngineFileError(
             f"this engine needs ONNX Runtime's {providers[0]}", expected=providers[0], found=", ".join(available),
-            remedy="install 'ngpt-deploy[onnx-gpu]' on a machine with a GPU, or build the engine for a cpu target",
+            remedy="Run, on a machine with a GPU: pip install onnxruntime-gpu (the extra onnx-gpu). Or build the engine for a cpu target.",
         )  # fmt: skip
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

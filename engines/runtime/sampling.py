@@ -14,6 +14,8 @@ from .errors import RequestError
 TokenSequences = tuple[tuple[int, ...], ...]
 MAX_SEQUENCES = 4096
 """More stop or bad sequences than this are refused: each costs time at every step."""
+MAX_COUNT = (1 << 31) - 1
+"""The largest count, which is what the serving interface can carry."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,11 @@ class SamplingParams:
         self._set("eos_token_ids", _token_ids("eos_token_ids", self.eos_token_ids))
 
         most = self.max_new_tokens
-        _check("max_new_tokens", most, most > 0, "at least 1")
+        _check("max_new_tokens", most, 0 < most <= MAX_COUNT, f"1 to {MAX_COUNT}")
         _check("min_new_tokens", self.min_new_tokens, self.min_new_tokens >= 0, "at least 0")
         _check("min_new_tokens", self.min_new_tokens, self.min_new_tokens <= most, f"at most max_new_tokens ({most})")
         _check("temperature", self.temperature, self.temperature is None or self.temperature >= 0, "at least 0")
-        _check("top_k", self.top_k, self.top_k is None or self.top_k >= 0, "at least 0 (0 is no limit)")
+        _check("top_k", self.top_k, self.top_k is None or 0 <= self.top_k <= MAX_COUNT, f"0 to {MAX_COUNT} (0 is no limit)")
         _check("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1")
         _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0 (1 is neutral)")
         _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**64, "an unsigned 64-bit integer")
@@ -115,7 +117,7 @@ class SamplingParams:
 
 def _check(name: str, value: object, holds: bool, expected: str) -> None:
     if not holds:
-        raise RequestError(f"{name} is out of range", expected=expected, found=str(value))
+        raise RequestError(f"{name} is out of range", expected=expected, found=_shown(value))
 
 
 def _integer(name: str, value: Any, *, optional: bool) -> int | None:
@@ -168,4 +170,7 @@ def _sequences(name: str, value: Any) -> TokenSequences:
 
 
 def _shown(value: object) -> str:
-    return repr(value)[:200]
+    try:
+        return (str if isinstance(value, int | float) else repr)(value)[:200]
+    except ValueError:  # an integer of more digits than Python spells
+        return f"a value of type {type(value).__name__}"

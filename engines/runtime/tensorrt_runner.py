@@ -47,7 +47,7 @@ class TensorRTRunner:
         self.prefill_tokens = compatibility.flag(manifest, "prefill_tokens")
         self._rows = Rows(num_slots, self.max_length)
         self._plan: Plan | None = None
-        self._cuda = Cuda(compatibility.EXTRAS[runtime])
+        self._cuda = Cuda()
         try:
             for problem in compatibility.problems(
                 manifest,
@@ -274,7 +274,7 @@ def _library(runtime: str) -> Any:
     except ImportError as error:
         raise MissingRuntimeError(
             f"the library {runtime}", expected="installed", found="not installed",
-            remedy=f"Install the extra: pip install 'ngpt-deploy[{compatibility.EXTRAS[runtime]}]'.",
+            remedy=f"Run: pip install {compatibility.PACKAGES[runtime]}",
         ) from error  # fmt: skip
 
 

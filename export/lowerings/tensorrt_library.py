@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ngpt.errors import BuildError, MissingPackageError, UnsupportedError
+from ngpt.errors import BuildError, UnsupportedError, missing_package
 
 _EXTRA = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
 Progress = Callable[[str, float], None]
@@ -23,9 +23,7 @@ def load_library(name: str) -> Library:
     try:
         module = importlib.import_module(name)
     except ImportError as error:
-        raise MissingPackageError(
-            f"this target needs {name}", found=str(error), remedy=f"pip install 'ngpt-deploy[{_EXTRA[name]}]'"
-        ) from error
+        raise missing_package(f"this target needs {name}", _EXTRA[name], found=str(error)) from error
     return Library(module)
 
 

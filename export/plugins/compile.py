@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from export.plugins.kernels import Kernel
-from ngpt.errors import BuildError, MissingPackageError, UnsupportedError
+from ngpt.errors import BuildError, UnsupportedError, missing_package
 
 FOLDER = Path(__file__).parent
 # Compute capability -> first PTX version with that target (PTX ISA, release notes).
@@ -93,9 +93,7 @@ def _with_nvrtc(nvrtc: Any, kernel: Kernel, options: Sequence[str]) -> str:
 def _with_nvcc(kernel: Kernel, options: Sequence[str]) -> str:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        raise MissingPackageError(
-            "compiling the TensorRT plugins needs NVRTC or nvcc", remedy="pip install 'ngpt-deploy[tensorrt]'"
-        )
+        raise missing_package("compiling the TensorRT plugins needs NVRTC or nvcc", "tensorrt")
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "kernel.ptx"
         command = [nvcc, "-ptx", *options, "-o", str(output), str(FOLDER / f"{kernel.name}.cu")]

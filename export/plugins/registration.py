@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 from export.plugins.compile import compile_ptx
 from export.plugins.kernels import Dtype, HypersphereUpdate, Kernel, QKNorm
-from ngpt.errors import BuildError, MissingPackageError, UnsupportedError
+from ngpt.errors import BuildError, UnsupportedError, missing_package
 
 
 def hypersphere_update(network: Any, h: Any, x: Any, lr: Any, *, eps: float, architecture: int = 80) -> Any:
@@ -134,15 +134,9 @@ def _tensorrt() -> Any:
         import tensorrt
         import tensorrt.plugin
     except ImportError as error:
-        raise MissingPackageError(
-            "the plugins need TensorRT", expected="tensorrt 10.14 or later", found=str(error),
-            remedy="pip install 'ngpt-deploy[tensorrt]'",
-        ) from error  # fmt: skip
+        raise missing_package("the plugins need TensorRT 10.14 or later", "tensorrt", found=str(error)) from error
     if not hasattr(tensorrt.plugin, "KernelLaunchParams"):
-        raise MissingPackageError(
-            "this TensorRT has no ahead-of-time plugins", expected="tensorrt 10.14 or later", found=str(tensorrt.__version__),
-            remedy="pip install 'ngpt-deploy[tensorrt]'",
-        )  # fmt: skip
+        raise missing_package("the plugins need TensorRT 10.14 or later", "tensorrt", found=str(tensorrt.__version__))
     return tensorrt
 
 

@@ -28,7 +28,7 @@ try:
 except ImportError as error:
     raise MissingPackageError(
         "this file is for trtllm-build", expected="tensorrt-llm 1.2", found=str(error),
-        remedy="use NVIDIA's TensorRT-LLM container, or pip install 'ngpt-deploy[tensorrt-llm]' with NVIDIA's package index",
+        remedy="use NVIDIA's TensorRT-LLM container, or pip install 'tensorrt-llm>=1.2,<1.3' with NVIDIA's package index",
     ) from error  # fmt: skip
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ngpt.checkpoint.base import Checkpoint, Progress
 from ngpt.checkpoint.opening import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
-from ngpt.errors import BuildError, OutputExistsError
+from ngpt.errors import BuildError
+from ngpt.folder import new_folder
+from ngpt.remote_code import add_code
 
 MAX_SHARD_BYTES = 2 << 30
 
@@ -22,6 +23,7 @@ def save_hf(
     out_dir: str | os.PathLike[str],
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    with_code: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Write config.json, safetensors (sharded above ``max_shard_bytes``) and tokenizer files to a new folder.
@@ -30,23 +32,14 @@ def save_hf(
     `BuildError` (disk full and other I/O failures).
     """
     target = Path(out_dir)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise OutputExistsError(f"{target} is in use", expected="a new or empty folder", remedy="choose another")
-    staging: Path | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        folder = staging / "checkpoint"  # a plain mkdir: its permissions follow the umask, mkdtemp's do not
-        folder.mkdir()
-        _write(checkpoint, folder, max_shard_bytes, progress)
-        if target.exists():
-            target.rmdir()
-        folder.rename(target)
-    except OSError as error:
-        raise BuildError(f"cannot write {target}", found=str(error), remedy="free space or fix permissions") from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
+    needed = sum(checkpoint.info(name).nbytes for name in checkpoint.names())
+    with new_folder(target, needed=needed, into_empty=True) as folder:
+        try:
+            _write(checkpoint, folder, max_shard_bytes, progress)
+            if with_code:
+                add_code(folder)
+        except SafetensorError as error:  # the library's own spelling of a full disk
+            raise BuildError(f"{target} cannot be written", found=str(error), remedy="see whether the disk is full") from error
     return target
 
 

@@ -20,7 +20,7 @@ class Emulator:
     """`emulator.launch(kernel, count, *arguments)`: arrays and ints in the order of the kernel's parameters."""
 
     def __init__(self, kernels, folder, sources=FOLDER):
-        pytest.importorskip("ziglang", reason="ziglang is not installed: pip install 'ngpt-deploy[dev]'")
+        pytest.importorskip("ziglang", reason="ziglang is not installed: make env")
         self.kernels = list(dict.fromkeys(kernels))
         units = []
         for i, kernel in enumerate(self.kernels):

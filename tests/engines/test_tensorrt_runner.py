@@ -291,10 +291,10 @@ def test_another_version_or_card_or_too_little_memory_is_refused_before_loading(
     assert made.library.deserialised == 0
 
 
-def test_missing_libraries_name_the_extra(made, monkeypatch):
-    for name in ("cuda.bindings.runtime", "tensorrt_rtx"):
+def test_a_missing_library_comes_with_the_command_that_installs_it(made, monkeypatch):
+    for name, package in (("cuda.bindings.runtime", "'cuda-bindings>=13'"), ("tensorrt_rtx", "tensorrt-rtx-cu13")):
         monkeypatch.setitem(sys.modules, name, None)
-        refuse(made, MissingRuntimeError, r"ngpt-deploy\[rtx\]")
+        refuse(made, MissingRuntimeError, f"Run: pip install {package}")
 
 
 def test_cuda_errors_are_named(made):

@@ -60,7 +60,7 @@ print("all", "right")
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    pytest.importorskip("ziglang", reason="ziglang is not installed: pip install 'ngpt-deploy[dev]'")
+    pytest.importorskip("ziglang", reason="ziglang is not installed: make env")
     path = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
     command = [
         sys.executable,
@@ -81,7 +81,7 @@ def library(tmp_path_factory):
 @pytest.mark.parametrize("name", ["cuda-bindings", "ctypes"])
 def test_a_launch(library, name):
     if name == "cuda-bindings":
-        pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed: pip install 'ngpt-deploy[dev]'")
+        pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed: make env")
     command = [sys.executable, "-c", CHECK, str(library), name]
     run = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout == "all right\n", run.stderr

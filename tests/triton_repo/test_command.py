@@ -1,9 +1,11 @@
 """`ngpt-deploy serve` and `generate` as two processes, as a user runs them."""
 
+import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 
 from tests.conftest import ROOT
 from triton_repo.package import package_engine
@@ -39,9 +41,38 @@ def test_serve_answers_generate_and_stops_on_sigterm(tiny_engine_folder, tmp_pat
             [*command, "generate", "x", "--url", url, "--max-tokens", "0"], cwd=ROOT, capture_output=True, text=True
         )
         assert refused.returncode == 2 and "max_tokens" in refused.stderr and "Traceback" not in refused.stderr
+        wrong = subprocess.run(
+            [*command, "generate", "x", "--url", f"127.0.0.1:{ports[0]}"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "not the HTTP one" in wrong.stderr
+        taken = subprocess.run([*command, "serve", str(tmp_path / "models"), *options], cwd=ROOT, capture_output=True, text=True)
+        assert taken.returncode == 2 and taken.stderr.count("\n") == 1 and f"port {ports[0]} cannot be had" in taken.stderr
         server.send_signal(signal.SIGTERM)  # handled as Ctrl-C is
         assert server.wait(20) == 0
     finally:
         server.kill()
         server.stdout.close()
         server.wait()
+
+
+def test_a_server_that_is_starting_stops_on_sigterm(tiny_engine_folder, tmp_path):
+    package_engine(tiny_engine_folder, tmp_path / "models")
+    ports = [word for name in ("--http-port", "--grpc-port", "--metrics-port") for word in (name, "0")]
+    log = tmp_path / "log.txt"
+    words = ["-m", "scripts.cli", "serve", str(tmp_path / "models"), "--log", str(log), *ports]
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    server = subprocess.Popen(
+        [sys.executable, *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(scratch)},
+    )
+    deadline = time.monotonic() + 60
+    while not (log.is_file() and log.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    server.send_signal(signal.SIGTERM)
+    out, err = server.communicate(timeout=60)
+    assert (server.returncode, out, err) == (143, "", "ngpt-deploy serve: stopped by SIGTERM\n") and list(scratch.iterdir()) == []

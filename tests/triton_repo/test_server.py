@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import socket
+import tempfile
 import time
 from pathlib import Path
 
@@ -68,3 +70,37 @@ def test_numpy_2_is_refused(monkeypatch):
 def test_a_missing_repository_is_named(tmp_path):
     with pytest.raises(ServerError, match="nowhere"):
         TritonServer(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 1.5, True, "8000", None])
+def test_ports_that_are_none_are_refused(tmp_path, port):
+    for name in ("http_port", "grpc_port", "metrics_port"):
+        with pytest.raises(ServerError, match=f"{name}: expected a port from 0"):
+            TritonServer(tmp_path, **{name: port})
+
+
+def test_ports_must_differ_unless_any_will_do(tmp_path):
+    with pytest.raises(ServerError, match="expected three that differ, found 8000, 8001, 8000"):
+        TritonServer(tmp_path, http_port=8000, grpc_port=8001, metrics_port=8000)
+    TritonServer(tmp_path)
+
+
+def test_a_port_in_use_is_named_before_anything_is_started(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with (
+            pytest.raises(ServerError, match=f"port {port} cannot be had on 127.0.0.1: .*choose another"),
+            TritonServer(tmp_path, grpc_port=port),
+        ):
+            raise AssertionError("not reached")
+    TritonServer(tmp_path, grpc_port=port)
+
+
+def test_a_log_that_cannot_be_written_is_named_and_leaves_no_scratch(tmp_path, monkeypatch):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    server = TritonServer(tmp_path, log_path=tmp_path / "file" / "log.txt")
+    with pytest.raises(ServerError, match="cannot be started: found .*file"):
+        server.start()
+    assert server.pid is None and list((tmp_path / "scratch").iterdir()) == []

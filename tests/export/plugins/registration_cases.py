@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install 'ngpt-deploy[rtx]'")
+pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: make env")
 
 from export.plugins import registration
 from export.plugins.compile import parameters
@@ -28,7 +28,7 @@ def plugin_folder():
     places = [Path(named)] if named else [Path(place) / "tensorrt_bindings" for place in sys.path if place]
     found = [place / "plugin" for place in places if (place / "plugin" / "_validate.py").exists()]
     if not found:
-        pytest.skip("tensorrt-cu13-bindings is not installed: pip install 'ngpt-deploy[dev]'")
+        pytest.skip("tensorrt-cu13-bindings is not installed: make env")
     return found[0]
 
 
@@ -166,4 +166,4 @@ def test_a_layer_that_tensorrt_refuses(trt, monkeypatch):
 def test_without_tensorrt():
     code = "from export.plugins.registration import register\nregister()"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert MissingPackageError.__name__ in run.stderr and "ngpt-deploy[tensorrt]" in run.stderr
+    assert MissingPackageError.__name__ in run.stderr and "pip install 'tensorrt>=10.14'" in run.stderr

@@ -19,10 +19,10 @@ EIGHT_B = [HypersphereUpdate(4096, 1e-6, "bfloat16"), QKNorm(32, 8, 128, 128, "b
 @pytest.fixture(scope="module")
 def tools():
     """Folder of nvcc and ptxas, from the wheel nvidia-cuda-nvcc."""
-    nvidia = pytest.importorskip("nvidia", reason="nvidia-cuda-nvcc is not installed: pip install 'ngpt-deploy[dev]'")
+    nvidia = pytest.importorskip("nvidia", reason="nvidia-cuda-nvcc is not installed: make env")
     folders = [folder for root in nvidia.__path__ for folder in Path(root).glob("cu*/bin") if (folder / "ptxas").exists()]
     if not folders:
-        pytest.skip("nvidia-cuda-nvcc is not installed: pip install 'ngpt-deploy[dev]'")
+        pytest.skip("nvidia-cuda-nvcc is not installed: make env")
     return folders[0]
 
 

@@ -1,0 +1,167 @@
+"""build, verify, convert, bench: what reads the weights, and so needs torch."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from engines.target import AUTO, DEFAULT, Target, load_target, with_kv_cache
+from ngpt.errors import ParityFailedError
+from scripts.commands.options import Bar, Command, positive
+from scripts.terminal import plain
+
+OFF_SPHERE = "take a checkpoint as it is whose rows are far from unit norm; a deviation of up to 1 %% is taken with a warning"
+KV_CACHE = "type of cached keys and values; auto: the arithmetic's own (fp8: TensorRT-LLM targets)"
+
+
+def add_build(command: Command, targets: list[Target]) -> None:
+    """`ngpt-deploy build`."""
+    described = "; ".join(f"{target.name}: {target.description}" for target in targets).replace("%", "%%")
+    build = command("build", _build, "Build the engine of a checkpoint for a target and verify it against PyTorch.")
+    build.add_argument("--checkpoint", required=True, help="Hugging Face directory, or the research code's ckpt.pt")
+    build.add_argument("--target", default=DEFAULT, help=f"{described}; {AUTO}: that of this machine's GPU, else {DEFAULT}")
+    build.add_argument(
+        "--precision", help="another one that the target offers (TensorRT targets: fp16, bf16, fp32, int8, fp8, int4)"
+    )
+    build.add_argument("--allow-off-sphere", action="store_true", help=OFF_SPHERE)
+    build.add_argument("--output", required=True, help="engine folder to make; must not exist")
+    build.add_argument("--name", help="name in the manifest; the checkpoint folder's if not given")
+    build.add_argument("--no-verify", action="store_true", help="skip parity; the packager will then refuse the engine")
+    build.add_argument("--tp", type=int, default=1, help="cards a layer is divided among (TensorRT-LLM targets)")
+    build.add_argument("--pp", type=int, default=1, help="cards the layers are divided among (TensorRT-LLM targets)")
+    build.add_argument("--kv-cache", choices=["auto", "fp8"], default="auto", help=KV_CACHE)
+    build.add_argument("--dry-run", action="store_true", help="say what would be done and write nothing (TensorRT-LLM targets)")
+
+
+def add_verify(command: Command) -> None:
+    """`ngpt-deploy verify`."""
+    verify = command("verify", _verify, "Compare an engine with PyTorch on its checkpoint and write the report.")
+    verify.add_argument("engine", type=Path, help="engine folder; its files are held against its manifest first")
+    verify.add_argument("--checkpoint", required=True, help="the checkpoint that the engine was built from")
+    verify.add_argument(
+        "--decode-steps",
+        type=positive,
+        help="teacher-forced decode steps per prompt; 64, or half the model's length, if not given",
+    )
+    verify.add_argument(
+        "--report", type=Path, help="folder for parity.json and parity.html; a new one beside the engine if not given"
+    )
+    verify.add_argument("--json", action="store_true", help="print JSON alone: the verdict and its numbers")
+
+
+def add_convert(command: Command) -> None:
+    """`ngpt-deploy convert`."""
+    convert = command("convert", _convert, "Write a checkpoint of either format as a Hugging Face directory, exactly.")
+    convert.add_argument("--checkpoint", required=True, help="Hugging Face directory, or the research code's ckpt.pt")
+    convert.add_argument("--output", required=True, help="directory to make; may be there if it is empty")
+    convert.add_argument(
+        "--fold-scales", action="store_true", help="fold sz into lm_head, for engines that apply lm_head themselves (vLLM)"
+    )
+    convert.add_argument(
+        "--normalize", action="store_true", help="project matrices back onto the unit sphere, and say what that changed"
+    )
+    convert.add_argument("--allow-off-sphere", action="store_true", help=OFF_SPHERE)
+    convert.add_argument("--with-code", action="store_true", help="add the model's code, for trust_remote_code=True")
+
+
+def add_bench(command: Command) -> None:
+    """`ngpt-deploy bench`."""
+    bench = command("bench", _bench, "Measure engines against their peers: ratios of medians, contenders interleaved.")
+    bench.add_argument(
+        "--checkpoint", default="examples/ngpt-tiny", help="Hugging Face directory, or the research code's ckpt.pt"
+    )
+    bench.add_argument("--rounds", type=positive, default=5, help="times that each contender is measured")
+
+
+def _build(args: argparse.Namespace) -> int:
+    from engines.build import build_engine
+
+    if args.dry_run:
+        return _dry_run(args)
+    with Bar() as bar:
+        folder = build_engine(
+            args.checkpoint, args.target, args.output, precision=args.precision, name=args.name, verify=not args.no_verify,
+            tp=args.tp, pp=args.pp, kv_cache=args.kv_cache, off_sphere=_off_sphere(args), progress=bar,
+        )  # fmt: skip
+    if not (folder / "manifest.json").exists():  # TensorRT-LLM is not installed here
+        print(f"checkpoint {folder / 'checkpoint'}\n")
+        print((folder / "BUILD.md").read_text(encoding="utf-8"), end="")
+        return 0
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    print(f"engine   {folder}, target {manifest['target']['name']}, {manifest['target']['precision']}")
+    parity = manifest["parity"]
+    if parity is None:
+        note = manifest["target"]["note"]
+        print(f"parity   not verified{f': {plain(note)}' if note else ''}")
+    else:
+        _conclude(folder, parity["verdict"], folder / parity["html"])
+    return 0
+
+
+def _dry_run(args: argparse.Namespace) -> int:
+    from engines.trtllm import dry_run
+    from export.trtllm.parallel import Parallel
+    from ngpt.errors import TargetError
+
+    target = load_target(args.target, args.precision)
+    if target.runtime != "tensorrt_llm":
+        raise TargetError("--dry-run", expected="a TensorRT-LLM target", found=target.name)
+    target = with_kv_cache(target, args.kv_cache)
+    print(dry_run(args.checkpoint, target, Path(args.output), Parallel(args.tp, args.pp)))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from engines.build import verify_folder
+    from engines.runtime.manifest import read_manifest, verify_files
+    from ngpt.checkpoint import open_checkpoint
+
+    engine = args.engine.absolute()  # a name of its own, too, where "." was given
+    verify_files(engine, read_manifest(engine))
+    report = args.report or engine.with_name(engine.name + "-parity")
+    with open_checkpoint(args.checkpoint) as checkpoint:
+        summary = verify_folder(engine, checkpoint, decode_steps=args.decode_steps, report=report)
+    if args.json:
+        print(json.dumps(summary, indent=2))
+    else:
+        for name, value in summary.items():
+            if name not in ("verdict", "report", "html"):
+                print(f"{name:<28} {_shown(value)}")
+    _conclude(args.engine, summary["verdict"], report / summary["html"], quiet=args.json)
+    return 0
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else plain(value, 200)
+
+
+def _conclude(engine: Path, verdict: str, page: Path, *, quiet: bool = False) -> None:
+    """Print the verdict; raise ParityFailedError for any but a pass."""
+    if not quiet:
+        print(f"parity   {verdict}  (report: {page})")
+    if verdict != "pass":
+        raise ParityFailedError(
+            f"{engine} does not agree with PyTorch", expected="verdict pass", found=verdict,
+            remedy=f"open {page} to see where they part ways",
+        )  # fmt: skip
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from scripts.convert import run
+
+    run(
+        args.checkpoint, args.output, fold=args.fold_scales, project=args.normalize, off_sphere=_off_sphere(args),
+        with_code=args.with_code,
+    )  # fmt: skip
+    return 0
+
+
+def _off_sphere(args: argparse.Namespace) -> Any:
+    return "allow" if args.allow_off_sphere else "refuse"
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from scripts.bench import run
+
+    run(Path(args.checkpoint), args.rounds)
+    return 0

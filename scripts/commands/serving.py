@@ -1,0 +1,132 @@
+"""package, serve, generate: from an engine folder to text. Needs no torch."""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+from scripts.commands.options import Command, port, positive
+from scripts.terminal import harmless
+
+
+def add_package(command: Command) -> None:
+    """`ngpt-deploy package`."""
+    package = command("package", _package, "Package an engine as a Triton model repository; the engine's runtime decides which.")
+    package.add_argument(
+        "engine", type=Path, help="engine folder; or a Hugging Face checkpoint, for TensorRT-LLM's PyTorch runtime"
+    )
+    package.add_argument("--output", type=Path, required=True, help="model repository to make; must not exist")
+    package.add_argument("--slots", type=positive, default=8, help="sequences generated at once")
+    package.add_argument("--threads", type=positive, help="threads of the runtime; its own choice if not given")
+    package.add_argument("--mount", default="/models", help="TensorRT-LLM engines: path of the repository where it is served")
+    package.add_argument(
+        "--kv-cache-fraction", type=float, default=0.9, help="TensorRT-LLM: part of free GPU memory for the cache"
+    )
+    package.add_argument("--tp", type=positive, default=1, help="checkpoints: GPUs that share the model")
+    package.add_argument("--module", type=Path, action="append", default=[], help="checkpoints: file that registers the model")
+    package.add_argument("--allow-unverified", action="store_true", help="package an engine without a passing verdict")
+
+
+def add_serve(command: Command) -> None:
+    """`ngpt-deploy serve`."""
+    serve = command("serve", _serve, "Serve a model repository with the pip-installed Triton server on 127.0.0.1.")
+    serve.add_argument("repository", type=Path, help="model repository that `package` made")
+    serve.add_argument("--http-port", type=port, default=8000, help="0: any free one, as for the two below")
+    serve.add_argument("--grpc-port", type=port, default=8001, help="the one that `generate --url` wants")
+    serve.add_argument("--metrics-port", type=port, default=8002, help="Prometheus metrics")
+    serve.add_argument("--log", type=Path, help="file for the server's log; a temporary one if not given")
+
+
+def add_generate(command: Command) -> None:
+    """`ngpt-deploy generate`."""
+    generate = command("generate", _generate, "Stream a completion from a server (--url) or from an engine folder (--engine).")
+    generate.add_argument("prompt", help="text to continue")
+    where = generate.add_mutually_exclusive_group()
+    where.add_argument("--url", default="127.0.0.1:8001", help="host:port of the server's gRPC endpoint")
+    where.add_argument("--engine", type=Path, help="engine folder, run in this process")
+    generate.add_argument("--max-tokens", type=int, default=64, help="most tokens to generate")
+    generate.add_argument("--temperature", type=float, help="sample at this temperature; greedy if no sampling option is given")
+    generate.add_argument("--top-k", type=int, help="sample among so many most probable tokens")
+    generate.add_argument("--top-p", type=float, help="sample among the most probable tokens that have this probability together")
+    generate.add_argument("--seed", type=int, help="of the random numbers: the same one gives the same text")
+
+
+def _package(args: argparse.Namespace) -> int:
+    # An engine has a config.json too; one that lost its manifest is still no checkpoint.
+    a_checkpoint = (args.engine / "config.json").is_file() and not (args.engine / "genai_config.json").is_file()
+    if a_checkpoint and not (args.engine / "manifest.json").is_file():
+        from triton_repo.llmapi import package_checkpoint
+
+        package_checkpoint(
+            args.engine, args.output, allow_unverified=args.allow_unverified, num_slots=args.slots, modules=args.module,
+            tensor_parallel=args.tp, kv_cache_fraction=args.kv_cache_fraction,
+        )  # fmt: skip
+        print(f"repository {args.output}\nserve it   in the vendor's container: docs/serving.md")
+        return 0
+    from triton_repo.package import package_engine
+
+    package_engine(
+        args.engine, args.output, allow_unverified=args.allow_unverified, num_slots=args.slots, threads=args.threads,
+        mount=args.mount, kv_cache_fraction=args.kv_cache_fraction,
+    )  # fmt: skip
+    where = (
+        "in the vendor's container: docs/serving.md"
+        if (args.output / "tensorrt_llm_bls").is_dir()
+        else f"ngpt-deploy serve {args.output}"
+    )
+    print(f"repository {args.output}\nserve it   {where}")
+    return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from triton_repo.server import TritonServer
+
+    ports = {"http_port": args.http_port, "grpc_port": args.grpc_port, "metrics_port": args.metrics_port}
+    with TritonServer(args.repository, log_path=args.log, **ports) as server:
+        print(
+            f"gRPC 127.0.0.1:{server.grpc_port}  HTTP 127.0.0.1:{server.http_port}  metrics 127.0.0.1:{server.metrics_port}",
+            flush=True,
+        )
+        print("press Ctrl-C to stop", flush=True)
+        try:
+            server.wait()
+        except KeyboardInterrupt:  # SIGTERM, with which a service manager stops us, too: this is how serving ends
+            print("stopping", file=sys.stderr)
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    options = {k: v for k in ("temperature", "top_k", "top_p", "seed") if (v := getattr(args, k)) is not None}
+    _check(args.max_tokens, options)  # before gigabytes are read, or anything is sent
+    if args.engine is not None:
+        from engines import load_engine
+
+        with load_engine(args.engine) as engine:
+            _stream(engine.stream_text(args.prompt, max_new_tokens=args.max_tokens, **options))
+    else:
+        from triton_repo.client import stream_text
+
+        _stream(stream_text(args.url, args.prompt, max_tokens=args.max_tokens, **options))
+    return 0
+
+
+def _check(max_tokens: int, options: dict[str, Any]) -> None:
+    from engines.runtime.errors import RequestError
+    from engines.runtime.sampling import SamplingParams
+
+    try:
+        SamplingParams.from_options(max_new_tokens=max_tokens, **options)
+    except RequestError as error:
+        error.what = error.what.replace("max_new_tokens", "max_tokens")  # as the command calls it
+        raise
+
+
+def _stream(pieces: Generator[str, None, None] | Any) -> None:
+    """Print the pieces as they come; when nobody reads them any more, generating ends too."""
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()
+    with contextlib.closing(pieces):
+        for piece in pieces:
+            print(harmless(piece) if on_terminal else piece, end="", flush=True)
+    print()

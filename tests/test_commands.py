@@ -1,0 +1,404 @@
+"""What every command has in common: it is light, it ends in one line, it cleans up, and what it advises works."""
+
+import ast
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import ngpt
+from engines.build import engine_name
+from ngpt.errors import missing_package
+from scripts.cli import main
+from scripts.terminal import _EXTRAS, harmless, plain
+from tests.conftest import GOLDEN, ROOT, TINY
+
+# Runs a command where the libraries named first are not installed, and tells which of them it asked for.
+WITHOUT = """
+import importlib.abc, json, sys
+
+absent, asked = sys.argv[1].split(","), []
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in absent:
+            asked.append(name)
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+from scripts.cli import main
+
+try:
+    code = main(sys.argv[2:])
+except SystemExit as ended:
+    code = ended.code
+print(json.dumps({"code": code, "asked": asked, "loaded": sorted(set(absent) & set(sys.modules))}), file=sys.stderr)
+"""
+HEAVY = "torch,transformers,onnx,onnx_ir,onnxruntime"
+
+
+def without(absent, *args, **options):
+    """Exit code, standard output, standard error, and what was asked for of the libraries that are not there."""
+    command = [sys.executable, "-c", WITHOUT, absent, *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, **options)
+    *err, last = done.stderr.splitlines()
+    told = json.loads(last)
+    assert told["loaded"] == []
+    return told["code"], done.stdout, "\n".join(err), told["asked"]
+
+
+def command(*args, **options):
+    words = [sys.executable, "-m", "scripts.cli", *map(str, args)]
+    return subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["build", "--help"], 0),
+        (["plan", "--target", "h100", "--json"], 0),
+        (["plan", "--checkpoint", str(TINY)], 0),
+        (["generate", "x", "--url", "127.0.0.1:1"], 2),
+        (["serve", "nowhere"], 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_light_commands_load_nothing_heavy(args, code):
+    found, _, err, asked = without(HEAVY, *args)
+    assert (found, asked) == (code, []) and len(err.splitlines()) == (code == 2)
+
+
+def test_what_inspects_and_packages_loads_nothing_heavy(tiny_engine_folder, tmp_path):
+    for args in (("inspect", tiny_engine_folder), ("package", tiny_engine_folder, "--output", tmp_path / "models")):
+        code, out, _, asked = without(HEAVY, *args)
+        assert (code, asked) == (0, []) and str(tmp_path if args[0] == "package" else "pass") in out
+
+
+def test_an_engine_answers_where_torch_is_not_installed(tiny_engine_folder):
+    code, out, _, asked = without("torch,transformers", "generate", "def ", "--engine", tiny_engine_folder, "--max-tokens", "3")
+    assert (code, asked) == (0, []) and out.strip()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["build", "--checkpoint", str(TINY), "--output", "build/not-made"],
+        ["convert", "--checkpoint", str(TINY), "--output", "build/not-made"],
+        ["bench", "--checkpoint", str(TINY)],
+    ],
+    ids=lambda args: args[0],
+)
+def test_what_needs_torch_says_which_packages_to_install_where_it_is_absent(args):
+    code, _, err, asked = without("torch,transformers", *args)
+    assert code == 2 and asked and len(err.splitlines()) == 1 and re.search(r"torch.*pip install .*'torch>=", err), err
+    assert not (ROOT / "build" / "not-made").exists()
+
+
+# Remedies
+
+
+def declared():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def test_every_remedy_names_an_extra_that_exists_and_installs_all_of_it():
+    extras, used = declared()["optional-dependencies"], set(_EXTRAS.values())
+    for folder in ("ngpt", "export", "engines", "triton_repo", "scripts"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "missing_package":
+                    used |= {node.args[1].value} if isinstance(node.args[1], ast.Constant) else set()
+    assert len(used) >= 4 and used <= set(extras)
+    for extra in used:
+        remedy = missing_package("x", extra).remedy
+        assert remedy.startswith("pip install ")
+        for requirement in extras[extra]:
+            assert re.match(r"[a-z0-9-]+(\[grpc\])?", requirement)[0] in remedy
+
+
+def test_an_installation_without_the_checkout_takes_remedies_from_its_metadata(tmp_path, monkeypatch):
+    monkeypatch.setattr("ngpt.errors.__file__", str(tmp_path / "ngpt" / "errors.py"))
+    lines = ["numpy>=1.26", 'torch>=2.9; extra == "torch"', "onnx>=1.20; extra == 'onnx'"]
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: lines)
+    assert missing_package("x", "torch").remedy == "pip install 'torch>=2.9'"
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: None)
+    assert "pyproject.toml lists under 'torch'" in missing_package("x", "torch").remedy
+
+
+def test_no_text_advises_to_install_this_project_from_an_index_that_lacks_it():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    for name in filter(None, listed):
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".toml", ".yaml", ".sh", "") and path.is_file() and path != Path(__file__):
+            assert "ngpt-deploy" + "[" not in path.read_text(encoding="utf-8", errors="replace"), name
+
+
+def test_the_version_is_stated_once(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"ngpt-deploy {ngpt.__version__}\n"
+    project = declared()
+    assert "version" not in project and project["dynamic"] == ["version"]
+
+
+# Errors
+
+
+def test_an_errors_text_is_one_bounded_line_that_only_shows():
+    assert plain("a\x1b[31m\n\u202eb\x00\udcffé日🙂") == r"a\x1b[31m\n\u202eb\x00\udcffé日🙂"
+    assert len(plain("x" * 10**6)) < 2100 and plain("ab" * 5000, 100).endswith("ab")
+    assert harmless("a\tb\n\x1b[31m\x9b\x7fé") == "a\tb\n[31mé"
+
+
+FAULTS = {
+    "disk full": (OSError(28, "No space left on device"), 2, "Free some room"),
+    "no such file": (FileNotFoundError(2, "No such file or directory", "/a/b"), 2, "/a/b"),
+    "no memory": (MemoryError(), 2, "not enough memory"),
+    "no library": (ModuleNotFoundError("No module named 'tritonclient'", name="tritonclient"), 2, "pip install "),
+    "a fault of ours": (
+        ZeroDivisionError("division\nby\x1b zero"),
+        2,
+        r"ZeroDivisionError: division\nby\x1b zero. Run it again with --debug",
+    ),
+    "Ctrl-C": (KeyboardInterrupt(), 130, "stopped by SIGINT"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_whatever_goes_wrong_ends_as_one_line_and_an_exit_code(fault, capsys, monkeypatch):
+    error, code, told = FAULTS[fault]
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr("engines.capacity.read_spec", fail)
+    assert main(["plan"]) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("ngpt-deploy plan: ") and err.count("\n") == 1 and told in err
+    if code == 2:
+        with pytest.raises(type(error)):
+            main(["plan", "--debug"])
+
+
+def test_a_real_libraries_error_on_damaged_weights_is_words_too(tmp_path, capsys, monkeypatch):
+    from safetensors import SafetensorError
+
+    def fail(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("ngpt.checkpoint.save.save_file", fail)
+    assert main(["convert", "--checkpoint", str(GOLDEN / "gqa"), "--output", str(tmp_path / "out")]) == 2
+    assert "No space left" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("args", [["plan"], ["--help"], ["build", "--help"]])
+def test_a_closed_pipe_and_a_full_disk_behind_it_end_in_one_line(args):
+    read, write = os.pipe()
+    os.close(read)
+    process = command(*args, stdout=write)
+    os.close(write)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and err.count("\n") == 1 and "nobody reads the output" in err
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        process = command(*args, stdout=full)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and err.count("\n") == 1 and "No space left" in err
+
+
+def test_generating_ends_when_nobody_reads_any_more(tiny_engine_folder):
+    process = command("generate", "def ", "--engine", tiny_engine_folder, "--max-tokens", "400", stdout=subprocess.PIPE)
+    assert process.stdout.read(1)
+    process.stdout.close()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and err.count("\n") == 1 and "nobody reads" in err
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_stream_that_is_closed_from_the_start_is_no_trouble(stream):
+    number = {"stdout": 1, "stderr": 2}[stream]
+    done = subprocess.run(
+        f'"{sys.executable}" -m scripts.cli plan --target {"h100" if stream == "stdout" else "nonsense"} {number}>&-',
+        shell=True, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == (0 if stream == "stdout" else 2) and done.stderr == ""
+
+
+def test_a_terminal_that_knows_little_gets_all_it_can_show(tmp_path):
+    config = json.loads((GOLDEN / "gqa" / "config.json").read_text())
+    (tmp_path / "ä.json").write_text(json.dumps(config | {"model_type": "日"}))
+    process = command(
+        "plan", "--checkpoint", tmp_path / "ä.json", stdout=subprocess.PIPE, env=os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+    )
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and r"\u65e5" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("name", ["build", "convert", "package"])
+def test_a_limit_of_file_sizes_is_named_and_nothing_stays(name, tiny_engine_folder, tmp_path):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100 << 10, 100 << 10))
+
+    where = [str(tiny_engine_folder)] if name == "package" else ["--checkpoint", str(TINY)]
+    process = command(name, *where, "--output", tmp_path / "out", stdout=subprocess.DEVNULL, preexec_fn=limit)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and err.count("\n") == 1 and "File too large" in err and "ulimit -f" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["build", "convert", "package", "verify"])
+def test_a_place_that_cannot_be_written_is_named(name, tiny_engine_folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    where = [str(tiny_engine_folder)] if name in ("package", "verify") else []
+    where += ["--checkpoint", str(TINY)] if name != "package" else []
+    for output in (tmp_path / "file" / "out", Path("/proc/nothing/here"), tmp_path / ("x" * 300)):
+        assert main([name, *where, "--report" if name == "verify" else "--output", str(output)]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "--debug" not in err and str(output)[:20] in err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("where", [["--url", "127.0.0.1:1"], ["--engine", "nowhere"]], ids=["url", "engine"])
+@pytest.mark.parametrize(
+    "option",
+    ["--seed -1", "--seed 18446744073709551616", "--top-k 4294967297", "--top-k -1", "--top-p 1.5", "--top-p 0", "--top-p nan",
+     "--temperature -0.1", "--temperature inf", "--max-tokens 0", "--max-tokens -1", "--max-tokens 2147483648"],
+)  # fmt: skip
+def test_generate_checks_its_options_before_anything_else(where, option, capsys):
+    name, value = option.split()
+    assert main(["generate", "x", *where, name, value]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and name[2:].replace("-", "_") in err and "expected" in err
+
+
+@pytest.mark.parametrize("name", ["", "a\x1b[31m", "x" * 201, "a\udcff"])
+def test_a_name_that_cannot_be_shown_is_refused(name, tmp_path, capsys):
+    assert main(["build", "--checkpoint", str(TINY), "--output", str(tmp_path / "out"), "--name", name]) == 2
+    assert "the engine's name" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_whose_name_cannot_be_shown_gives_one_that_can():
+    assert engine_name(None, "/models/a\x1bb\udcff") == "a?b?" and engine_name(None, "/") == "ngpt"
+
+
+def test_arguments_that_are_not_text_are_refused_in_words(tiny_engine_folder, capsys):
+    for where in (["--url", "127.0.0.1:1"], ["--engine", str(tiny_engine_folder)]):
+        assert main(["generate", "a\udcffb", *where]) == 2
+        assert "surrogates not allowed" in capsys.readouterr().err
+    assert main(["inspect", "no\udcff\x1b[31m/where"]) == 2
+    assert r"no\udcff\x1b[31m/where" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["plan", "--no-such-\x1b[31m" + "x" * 10_000])
+    err = capsys.readouterr().err
+    assert "\x1b" not in err and len(err) < 1500
+
+
+# Signals
+
+# Runs a command that stops for a minute where the function named first is called.
+WAITING = """
+import importlib, sys, time
+
+module, name = sys.argv[1].split(":")
+def wait(*args, **kwargs):
+    print("there", flush=True)
+    time.sleep(60)
+setattr(importlib.import_module(module), name, wait)
+from scripts.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+WAITS = {
+    "build": ("engines.build:export_graph", ["--checkpoint", str(GOLDEN / "gqa"), "--output", "{}/out"]),
+    "convert": ("ngpt.checkpoint.save:_write", ["--checkpoint", str(GOLDEN / "gqa"), "--output", "{}/out"]),
+    "package": ("triton_repo.package:_copy_engine", ["{engine}", "--output", "{}/out"]),
+    "generate": ("engines.runtime.engine:_pieces", ["x", "--engine", "{engine}"]),
+}
+
+
+def waiting(name, engine, folder):
+    place, args = WAITS[name]
+    words = [arg.replace("{}", str(folder)).replace("{engine}", str(engine)) for arg in args]
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, place, name, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "there\n", process.stderr.read()
+    return process
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "code"),
+    [*((name, signal.SIGTERM, 143) for name in WAITS), ("package", signal.SIGHUP, 129), ("package", signal.SIGINT, 130)],
+)
+def test_a_signal_cleans_up(name, number, code, tiny_engine_folder, tmp_path):
+    process = waiting(name, tiny_engine_folder, tmp_path)
+    assert len(list(tmp_path.iterdir())) == (name != "generate")
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == code and err == f"ngpt-deploy {name}: stopped by {signal.Signals(number).name}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_request_does_not_interrupt_the_cleaning(tiny_engine_folder, tmp_path, monkeypatch):
+    from scripts.terminal import Terminated, prepared
+
+    with prepared():
+        with pytest.raises(Terminated):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        monkeypatch.setattr("scripts.terminal._PATIENCE", 0.0)
+        with pytest.raises(Terminated):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_what_a_kill_leaves_is_swept_by_the_next_command_whichever_it_is(tiny_engine_folder, tmp_path, capsys):
+    killed = [waiting(name, tiny_engine_folder, tmp_path) for name in ("convert", "package")]
+    for process in killed:
+        process.kill()
+        process.communicate()
+    assert len(list(tmp_path.iterdir())) == 2
+    alive = waiting("package", tiny_engine_folder, tmp_path)
+    try:
+        assert main(["convert", "--checkpoint", str(GOLDEN / "gqa"), "--output", str(tmp_path / "hf")]) == 0
+        left = [path.name for path in tmp_path.iterdir() if path.name != "hf"]
+        assert len(left) == 1 and left[0].endswith(".ngpt-partial")
+    finally:
+        alive.terminate()
+        alive.communicate()
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+# Output
+
+
+def test_json_is_alone_on_standard_output(tiny_engine_folder, tmp_path, capsys):
+    report = tmp_path / "report"
+    for args in (
+        ["inspect", tiny_engine_folder, "--json"],
+        ["inspect", tiny_engine_folder, "--json", "--on", "8.9"],
+        ["plan", "--json"],
+        ["verify", tiny_engine_folder, "--checkpoint", TINY, "--decode-steps", 4, "--report", report, "--json"],
+    ):
+        assert main([str(arg) for arg in args]) == 0
+        found = json.loads(capsys.readouterr().out)
+    assert found["verdict"] == "pass" and (report / found["html"]).is_file()
+
+
+def test_verify_is_readable_without_it(tiny_engine_folder, tmp_path, capsys):
+    args = ["verify", tiny_engine_folder, "--checkpoint", TINY, "--decode-steps", 4, "--report", tmp_path]
+    assert main([str(arg) for arg in args]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^decode_steps +4$", out, re.M) and out.splitlines()[-1].startswith("parity   pass")
+    assert max(map(len, out.splitlines())) < 300
