@@ -81,6 +81,11 @@ def _open(path: Path, given: str, options: Options) -> Checkpoint:
         )
     if kind != "folder":
         raise CheckpointError(f"{path} is not a checkpoint", expected="a folder or a ckpt.pt", found=kind)
+    if exists(path, "manifest.json") and not (exists(path, SINGLE_FILE) or exists(path, INDEX_FILE)):
+        raise CheckpointError(  # its config.json is there for other tools
+            f"{path} is an engine", expected="a checkpoint", found="manifest.json and no weights of PyTorch's",
+            remedy="give the checkpoint that the engine was built from",
+        )  # fmt: skip
     if exists(path, CONFIG_FILE):
         return _open_folder(path, options)
     if exists(path, RESEARCH_FILE):
@@ -223,11 +228,6 @@ def _no_weights(folder: Path) -> CheckpointError:
     bins = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.bin.index.json"))
     if bins:
         return _refuse_bin(bins[0])
-    if (folder / "manifest.json").is_file():  # an engine's config.json is there for other tools
-        return CheckpointError(
-            f"{folder} is an engine", expected="a checkpoint", found="manifest.json and no weights of PyTorch's",
-            remedy="give the checkpoint that the engine was built from",
-        )  # fmt: skip
     return MissingTensorError(
         f"{folder} has a {CONFIG_FILE} but no weights",
         expected=f"{SINGLE_FILE} or {INDEX_FILE}",
