@@ -50,7 +50,9 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(function=function)
         return sub
 
-    off_sphere = "take a checkpoint as it is whose rows are far from unit norm; a deviation of up to 0.01 is taken with a warning"
+    off_sphere = (
+        "take a checkpoint as it is whose rows are far from unit norm; a deviation of up to 0.005 is taken with a warning"
+    )
     targets = "; ".join(f"{name}: {load_target(name).description}" for name in target_names())
     build = command("build", _build, "Build the engine of a checkpoint for a target and verify it against PyTorch.")
     build.add_argument("--checkpoint", required=True, help="Hugging Face directory, or the research code's ckpt.pt")
