@@ -10,7 +10,7 @@ from ngpt.errors import ParityFailedError
 from scripts.commands.options import Bar, Command, positive
 from scripts.terminal import plain
 
-OFF_SPHERE = "take a checkpoint as it is whose rows are far from unit norm; a deviation of up to 1 %% is taken with a warning"
+OFF_SPHERE = "take a checkpoint as it is whose rows are far from unit norm; a deviation of up to 0.5 %% is taken with a warning"
 KV_CACHE = "type of cached keys and values; auto: the arithmetic's own (fp8: TensorRT-LLM targets)"
 
 
