@@ -129,8 +129,10 @@ def _abandoned(work: Path) -> bool:
         return False
     lock = os.open(work / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        # On a shared file system that does not carry locks between machines, another machine's owner would look dead.
-        if not set(os.read(lock, 1024).decode("utf-8", "replace").split()) & set(_here()):
+        # On a shared file system that does not carry locks between machines, another machine's owner would look dead. Who was killed before
+        # it wrote where it runs has written nothing else either.
+        told = set(os.read(lock, 1024).decode("utf-8", "replace").split())
+        if not told & set(_here()) and (told or names != {_LOCK}):
             return False
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while the owner lives
         _remove(work)

@@ -77,9 +77,7 @@ def fail(command: str, error: BaseException) -> int:
     elif isinstance(error, OSError):
         found, remedy = errors.os_trouble(error)
         text = f"{found}. {remedy[0].upper()}{remedy[1:]}"
-    elif isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and "allocate memory" in str(error)
-    ):  # the latter: torch
+    elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # as torch puts it, in a RuntimeError
         text = "there is not enough memory. Close other programs, or use a machine with more"
     elif isinstance(error, ModuleNotFoundError) and (extra := _EXTRAS.get(str(error.name).split(".")[0])):
         text = str(errors.missing_package(f"this needs the package {error.name}", extra))

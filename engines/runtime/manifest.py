@@ -281,8 +281,8 @@ def verify_files(folder: str | Path, manifest: Manifest, *, digests: bool = True
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
-    """The bytes of a file of at most `limit` bytes; a larger one raises EngineFileError unread."""
-    with path.open("rb") as stream:
+    """The bytes of a file of at most `limit` bytes. Raises EngineFileError for a larger one, unread, and one that cannot be read."""
+    with _reading(path), path.open("rb") as stream:
         raw = stream.read(limit + 1)
     if len(raw) > limit:
         raise EngineFileError(

@@ -161,8 +161,11 @@ def test_only_what_is_surely_ours_is_swept(tmp_path, holder):
     (tmp_path / "aside" / "owner").write_text(owner)
     (tmp_path / kept[2]).symlink_to("aside")
     (tmp_path / kept[3]).write_text("keep")
-    (tmp_path / f".empty{SUFFIX}").mkdir()
-    assert [path.name for path in sweep(tmp_path)] == sorted([left.name, f".empty{SUFFIX}"])
+    gone = [f".empty{SUFFIX}", f".killed-early{SUFFIX}", left.name]
+    (tmp_path / gone[0]).mkdir()
+    (tmp_path / gone[1]).mkdir()
+    (tmp_path / gone[1] / "owner").touch()
+    assert [path.name for path in sweep(tmp_path)] == sorted(gone)
     assert names(tmp_path) == sorted([*kept, "aside"]) and names(tmp_path / "aside") == ["owner"]
 
 
