@@ -27,9 +27,9 @@ from export.trtllm.parallel import Parallel
 from export.weights import DeployedWeights
 from ngpt.checkpoint import Checkpoint, open_checkpoint
 from ngpt.checkpoint.base import OffSphere
-from ngpt.checkpoint.text import End
 from ngpt.errors import BuildError, TargetError, os_trouble
 from ngpt.folder import check_free, new_folder
+from ngpt.text_files import End
 from ngpt.weights import Weights
 
 Progress = Callable[[str, float], None]

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ngpt import NGPTConfig, NGPTForCausalLM
-from ngpt.checkpoint.text import TOKENIZER_CONFIG, for_every_transformers
+from ngpt.text_files import TOKENIZER_CONFIG, for_every_transformers
 from ngpt.training import normalize_weights_
 
 CONTEXT, VOCABULARY = 256, 2048

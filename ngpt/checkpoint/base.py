@@ -14,11 +14,11 @@ import torch
 
 from ngpt.checkpoint.safetensors_file import TensorInfo
 from ngpt.checkpoint.table import FLOAT_DTYPES, LM_HEAD, expected_tensors
-from ngpt.checkpoint.text import TextFiles
 from ngpt.checkpoint.values import OFF_SPHERE_LIMIT, Deviation, check_values
 from ngpt.config_keys import tidy
 from ngpt.errors import DtypeError, MissingTensorError, ShapeError, TensorValueError, UnexpectedTensorError, shown
 from ngpt.spec import NGPTSpec
+from ngpt.text_files import TextFiles
 
 _CHUNK = 1 << 22
 _LOG = logging.getLogger("ngpt")

@@ -13,7 +13,6 @@ import torch
 from ngpt.checkpoint.base import Checkpoint, OffSphere
 from ngpt.checkpoint.research import RESEARCH_FILE, ResearchSource
 from ngpt.checkpoint.safetensors_file import SafetensorsReader, TensorInfo
-from ngpt.checkpoint.text import End, find_text_files
 from ngpt.errors import (
     CheckpointError,
     CorruptFileError,
@@ -24,6 +23,7 @@ from ngpt.errors import (
 )
 from ngpt.files import MAX_CONFIG_BYTES, check_content, contained, exists, kind_of, not_there, read_json
 from ngpt.spec import NGPTSpec
+from ngpt.text_files import End, find_text_files
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -103,7 +103,7 @@ def _open(path: Path, given: str, options: Options) -> Checkpoint:
 def _open_research(path: Path, options: Options) -> Checkpoint:
     source = ResearchSource(path)
     text = find_text_files(path.parent, options.tokenizer)
-    text.settle((), ends=options.eos, research=True)
+    text.settle((), ends=options.eos, from_tokenizer=True)
     return Checkpoint(path, source.config, source, text=text, off_sphere=options.off_sphere)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from engines.target import AUTO, DEFAULT, Target, load_target, with_kv_cache
 from ngpt.errors import ParityFailedError
-from scripts.commands.options import Bar, Command, positive
+from scripts.commands.options import Bar, Command, add_text, positive
 from scripts.terminal import plain
 
 OFF_SPHERE = "take a checkpoint as it is whose rows are far from unit norm; a deviation of up to 0.5 %% is taken with a warning"
@@ -23,7 +23,7 @@ def add_build(command: Command, targets: list[Target]) -> None:
     build.add_argument(
         "--precision", help="another one that the target offers (TensorRT targets: fp16, bf16, fp32, int8, fp8, int4)"
     )
-    _add_text(build)
+    add_text(build)
     build.add_argument("--allow-off-sphere", action="store_true", help=OFF_SPHERE)
     build.add_argument("--output", required=True, help="engine folder to make; must not exist")
     build.add_argument("--name", help="name in the manifest; the checkpoint folder's if not given")
@@ -61,19 +61,9 @@ def add_convert(command: Command) -> None:
     convert.add_argument(
         "--normalize", action="store_true", help="project matrices back onto the unit sphere, and say what that changed"
     )
-    _add_text(convert)
+    add_text(convert)
     convert.add_argument("--allow-off-sphere", action="store_true", help=OFF_SPHERE)
     convert.add_argument("--with-code", action="store_true", help="add the model's code, for trust_remote_code=True")
-
-
-def _add_text(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--tokenizer", metavar="DIR_OR_FILE", help="tokenizer to take in place of the checkpoint's: a folder, or a tokenizer.json"
-    )
-    command.add_argument(
-        "--eos", action="append", default=[], metavar="TOKEN", help="token that ends a text, an id or the tokenizer's text of it, in "
-        "place of those that the checkpoint's files name; may be given several times",
-    )  # fmt: skip
 
 
 def add_bench(command: Command) -> None:

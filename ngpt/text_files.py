@@ -74,12 +74,12 @@ class TextFiles:
             self._tokenizer = load_tokenizer(self.tokenizer_file)
         return self._tokenizer
 
-    def settle(self, config_ends: Sequence[int], *, ends: Sequence[End] = (), research: bool = False) -> None:
+    def settle(self, config_ends: Sequence[int], *, ends: Sequence[End] = (), from_tokenizer: bool = False) -> None:
         """Decide `ends` and read `sampling`.
 
         ``ends`` that were given count alone. Otherwise they are those of generation_config.json, as in transformers' `generate`, or
-        where it does not speak of them those of the configuration; a research checkpoint, which has neither, takes what its
-        tokenizer names as the end. Raises `ConfigError`, `CorruptFileError`.
+        where it does not speak of them those of the configuration; ``from_tokenizer`` allows, where there are none (a research
+        checkpoint has neither file), what the tokenizer names as the end. Raises `ConfigError`, `CorruptFileError`.
         """
         generation = _read_object(self.files[GENERATION_CONFIG]) if GENERATION_CONFIG in self.files else {}
         self.sampling = _sampling(generation)
@@ -89,7 +89,7 @@ class TextFiles:
             self.ends = _ids(generation["eos_token_id"], f"{GENERATION_CONFIG}: eos_token_id")
         else:
             self.ends = tuple(config_ends)
-            if research and not self.ends and self.tokenizer_file is not None:
+            if from_tokenizer and not self.ends and self.tokenizer_file is not None:
                 self.ends, self._ends_given = self._named_by_tokenizer(), True
         if not self.ends:
             self.notes += ("no token is known to end a text, so answers run to their limit; name one with --eos",)
