@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -10,7 +11,8 @@ from engines.target import load_targets
 from ngpt import __version__
 from scripts.commands import building, inspecting, planning, serving
 from scripts.commands.options import Help, Parser, Run
-from scripts.terminal import NAME, fail, finish_output, prepared
+from scripts.signals import stopping
+from scripts.terminal import NAME, fail, finish_output, prepared, stopped
 
 EPILOG = """examples:
   ngpt-deploy build --checkpoint examples/ngpt-tiny --target cpu-int8 --output build/engine
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for an error, 3 for a failed parity, 128 + its number after a signal."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     args = argparse.Namespace(command="", debug=False)
-    with prepared():
+    with prepared(), stopping() as asked:
         try:
             try:
                 args = parser().parse_args(argv)
@@ -72,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (Exception, KeyboardInterrupt) as error:
             if args.debug and isinstance(error, Exception):
                 raise
-            code = fail(args.command, error)
+            # A signal that a library turned into an error of its own is still a signal.
+            number = asked.number or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else None)
+            code = fail(args.command, error) if number is None else stopped(args.command, number)
             with contextlib.suppress(OSError):
                 finish_output()
             return code

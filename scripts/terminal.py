@@ -5,21 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import math
 import os
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Iterator
-from types import FrameType
-from typing import Any
 
 from ngpt import errors
 
 NAME = "ngpt-deploy"
 _MAX_LINE = 2000  # characters of an error
-_PATIENCE = 10.0  # seconds in which a second SIGTERM changes nothing
 _MAX_NOTES = 60  # lines of a log shown below an error
 # Modules whose absence an extra mends. They are imported where they are needed, so any command may meet one that is missing.
 _EXTRAS = {
@@ -32,14 +27,6 @@ _EXTRAS = {
     "onnxruntime": "onnx",
 }
 _EXTRAS |= {"tritonclient": "serve", "google": "serve"}
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP: whatever cleans up after Ctrl-C cleans up after these."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
 
 
 def plain(text: object, limit: int = _MAX_LINE) -> str:
@@ -62,15 +49,18 @@ def say(command: str, text: object) -> None:
         print(f"{f'{NAME} {command}'.rstrip()}: {plain(text)}", file=sys.stderr, flush=True)
 
 
+def stopped(command: str, number: int) -> int:
+    """Say that a signal ended the command; returns the exit code."""
+    say(command, f"stopped by {signal.Signals(number).name}")
+    return 128 + number
+
+
 def fail(command: str, error: BaseException) -> int:
     """Say in one line what went wrong and what to do; returns the exit code. Notes of the error (a server's log) follow it."""
     from engines.runtime.errors import ServingError
 
     code = 2
-    if isinstance(error, KeyboardInterrupt):
-        number = error.number if isinstance(error, Terminated) else signal.SIGINT
-        text, code = f"stopped by {signal.Signals(number).name}", 128 + number
-    elif isinstance(error, errors.NGPTDeployError | ServingError):
+    if isinstance(error, errors.NGPTDeployError | ServingError):
         text, code = str(error), 3 if isinstance(error, errors.ParityFailedError) else 2
     elif isinstance(error, BrokenPipeError):
         text = "nobody reads the output any more. Read it to its end, or write it to a file"
@@ -114,22 +104,7 @@ class _Notes(logging.Handler):
 
 @contextlib.contextmanager
 def prepared() -> Iterator[None]:
-    """Signals that clean up, and warnings and notes in one line, all put back at the end; and text that any terminal's encoding can take."""
-    before: dict[int, Any] = {}
-    asked = -math.inf
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        now = time.monotonic()
-        if now - asked > _PATIENCE:  # cleaning up is not interrupted by the same request
-            asked = now
-            raise Terminated(number)
-
-    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        # One that is ignored (nohup) stays so. Only the main thread may ask.
-        with contextlib.suppress(ValueError):
-            if number not in before and signal.getsignal(number) == signal.SIG_DFL:
-                before[number] = signal.signal(number, stop)
+    """Warnings and notes in one line, put back at the end; and text that any terminal's encoding can take."""
     notes, log = _Notes(), logging.getLogger("ngpt")
     log.addHandler(notes)
     with warnings.catch_warnings():
@@ -141,5 +116,3 @@ def prepared() -> Iterator[None]:
             yield
         finally:
             log.removeHandler(notes)
-            for number, handler in before.items():
-                signal.signal(number, handler)

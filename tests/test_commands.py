@@ -297,19 +297,34 @@ def test_a_signal_cleans_up(name, number, code, tiny_engine_folder, tmp_path):
 
 
 def test_a_second_request_does_not_interrupt_the_cleaning(tiny_engine_folder, tmp_path, monkeypatch):
-    from scripts.terminal import Terminated, prepared
+    from scripts.signals import Terminated, stopping
 
-    with prepared():
+    with stopping():
         with pytest.raises(Terminated):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
-        monkeypatch.setattr("scripts.terminal._PATIENCE", 0.0)
+        monkeypatch.setattr("scripts.signals.PATIENCE", 0.0)
         with pytest.raises(Terminated):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_that_became_another_error_on_its_way_is_still_a_signal(capsys, monkeypatch):
+    """A library that is halfway imported turns the exception into one of its own."""
+
+    def load(_args):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise AttributeError("module 'numpy' has no attribute 'dtype'") from None
+
+    monkeypatch.setattr("scripts.commands.planning._plan", load)
+    assert main(["plan"]) == 143
+    assert capsys.readouterr().err == "ngpt-deploy plan: stopped by SIGTERM\n"
 
 
 def test_what_a_kill_leaves_is_swept_by_the_next_command_whichever_it_is(tiny_engine_folder, tmp_path, capsys):

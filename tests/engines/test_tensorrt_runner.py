@@ -19,6 +19,7 @@ from tests.conftest import Golden
 from tests.doubles import cuda_double
 from tests.doubles.cuda_double import CudaDouble, DataType, EngineDouble, Error, Kind, Misuse
 from tests.engines.tensorrt_making import golden_engine
+from tests.ngpt.making import tokenizer
 from triton_repo.package import package_engine
 
 # The network is computed in float64 and only the cache is float32: the golden bound for float32 leaves much room.
@@ -353,7 +354,7 @@ def test_too_many_sequences_and_too_long_ones_are_refused(runner):
 
 
 def test_the_copy_in_a_triton_repository_serves_the_same_tokens(made, tmp_path, monkeypatch):
-    (made.folder / "tokenizer.json").write_text("{}")
+    (made.folder / "tokenizer.json").write_text(tokenizer().to_str())
     repository = package_engine(made.folder, tmp_path / "models", allow_unverified=True, num_slots=4)
     monkeypatch.syspath_prepend(repository / "tensorrt_llm" / "1")
     monkeypatch.delitem(sys.modules, "runtime", raising=False)

@@ -81,7 +81,7 @@ def test_nvcc_stands_in_for_nvrtc(tools, kernel, tmp_path, monkeypatch):
 def test_no_compiler_at_all(monkeypatch):
     monkeypatch.setattr(compiling, "_nvrtc", lambda: None)
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(MissingPackageError, match=r"ngpt-deploy\[tensorrt\]"):
+    with pytest.raises(MissingPackageError, match="extra 'tensorrt'.*pip install"):
         compile_ptx.__wrapped__(EIGHT_B[0], 90)
 
 
