@@ -50,9 +50,9 @@ class Case:
     def verdict(self, result: dict[str, Any]) -> str:
         """What the tool made of it; "equal" and "refused" are as they should be."""
         if "error" in result:
-            return (
-                "refused" if self.expected is None and "attention_mask" in result["error"] else f"ERROR {result['error'][:300]}"
-            )
+            # WebAssembly's errors leave the node's name out, which speaks of the attention_mask.
+            meant = any(word in result["error"] for word in ("attention_mask", "ReshapeHelper"))
+            return "refused" if self.expected is None and meant else f"ERROR {result['error'][:300]}"
         if self.expected is None:
             return "WRONG: answers"
         if result["tokens"] != self.expected:
@@ -80,6 +80,8 @@ def cases(work: Path) -> Iterator[Case]:
     ids = _prompts()
     for target in ("onnx-portable", *FUSED):
         yield made("example", TINY, target, ids[:1], text=TEXTS[1])
+    half = build_engine(TINY, "cuda-fp16", work / "half", verify=False)
+    yield Case("example, cuda-fp16 (on the CPU)", half, ids[:1], made("example again", TINY, "cpu-fp32", ids[:1]).expected)
     yield made("example left-padded", TINY, "onnx-portable", ids)
     for target in FUSED:
         yield made("example left-padded", TINY, target, ids, refused=True)

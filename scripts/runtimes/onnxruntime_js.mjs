@@ -34,9 +34,10 @@ function best(logits, row) {
 
 async function run(job) {
   const session = await open(job.folder);
+  const nothing = { float32: new Float32Array(0), float16: new Uint16Array(0) };
   let past = {};
   for (const { name, shape, type } of session.inputMetadata) {
-    if (name.startsWith("past")) past[name] = new ort.Tensor(type, new Float32Array(0), [job.ids.length, shape[1], 0, shape[3]]);
+    if (name.startsWith("past")) past[name] = new ort.Tensor(type, nothing[type], [job.ids.length, shape[1], 0, shape[3]]);
   }
   const tokens = job.ids.map(() => []);
   let ids = job.ids;
