@@ -42,7 +42,9 @@ def export_graph(
 
         from export.lowerings.onnx import OnnxPortable, OnnxRuntime, Precision
     except ImportError as error:
-        raise MissingPackageError(f"exporting needs {error.name}", remedy="pip install 'ngpt-deploy[onnx]'") from error
+        raise MissingPackageError(
+            f"exporting needs {error.name}", remedy="pip install onnx-ir ml-dtypes onnxruntime (the extra ngpt-deploy[onnx])"
+        ) from error
     lowering = OnnxPortable if target.form == "portable" else OnnxRuntime
     lowered = lowering(weights, cast(Precision, target.precision), target.block_size)
     model = lowered.model(taps)
