@@ -184,13 +184,14 @@ def _open_session(graph: Path, providers: Sequence[str], threads: int | None) ->
         import onnxruntime
     except ImportError as error:
         raise EngineFileError(
-            "this engine runs on ONNX Runtime, which is not installed", remedy="pip install onnxruntime"
+            "this engine runs on ONNX Runtime, which is not installed",
+            remedy="pip install onnxruntime (the extra ngpt-deploy[onnx])",
         ) from error
     available = onnxruntime.get_available_providers()
     if providers[0] not in available:
         raise EngineFileError(
             f"this engine needs ONNX Runtime's {providers[0]}", expected=providers[0], found=", ".join(available),
-            remedy="pip install onnxruntime-gpu on a machine with a GPU, or build the engine for a cpu target",
+            remedy="pip install onnxruntime-gpu (the extra ngpt-deploy[onnx-gpu]) on a machine with a GPU, or build the engine for a cpu target",
         )  # fmt: skip
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
