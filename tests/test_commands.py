@@ -1,4 +1,4 @@
-"""What every command has in common: it is light, it ends in one line, it cleans up."""
+"""What every command has in common: it is light, it ends in one line, and it cleans up."""
 
 import json
 import os
