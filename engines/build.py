@@ -8,14 +8,14 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from engines.device import detect, target_for
 from engines.genai import genai_config
+from engines.hub_config import hub_config
 from engines.onnx_graph import export_graph, tap_function
 from engines.plan import build_plan
 from engines.runtime.errors import ServingError
@@ -29,6 +29,7 @@ from ngpt.checkpoint import Checkpoint, open_checkpoint
 from ngpt.checkpoint.base import OffSphere
 from ngpt.errors import BuildError, TargetError, os_trouble
 from ngpt.folder import check_free, new_folder
+from ngpt.text_files import End
 from ngpt.weights import Weights
 
 Progress = Callable[[str, float], None]
@@ -51,6 +52,8 @@ def build_engine(
     pp: int = 1,
     kv_cache: str = "auto",
     off_sphere: OffSphere = "refuse",
+    tokenizer: str | Path | None = None,
+    eos: Sequence[End] = (),
     progress: Progress | None = None,
 ) -> Path:
     """Build the engine of a checkpoint for a target; returns the folder.
@@ -59,17 +62,20 @@ def build_engine(
     Target "auto" is the one of this machine's GPU, or the default where there is none; `precision` is one that the target
     offers. Verified where the engine can run on this machine. `tp` and `pp` divide it among GPUs, and
     `kv_cache` "fp8" halves the cache (TensorRT-LLM targets alone, which `engines.trtllm` builds). `off_sphere` "allow" builds what the
-    file says where its matrices are far from unit norm. What is unusual about the checkpoint is logged as a warning, and recorded.
+    file says where its matrices are far from unit norm. `tokenizer` (a folder or a tokenizer.json) and `eos` (ids, or texts of the
+    tokenizer) take the place of the checkpoint's own tokenizer and end tokens. What is unusual about the checkpoint is logged as a
+    warning, and recorded.
     Raises the checkpoint's errors, TargetError (unknown, or a card the model does not fit), OutputExistsError, MissingPackageError,
     BuildError (disk full, output not writable, refused by the runtime's builder).
     """
     engine_name(name, checkpoint)  # refused before anything is read
     chosen = with_kv_cache(choose_target(target, precision), kv_cache)
     folder, report = Path(output), progress or (lambda what, done: None)
+    opening: dict[str, Any] = {"off_sphere": off_sphere, "tokenizer": tokenizer, "eos": eos}
     if chosen.runtime == "tensorrt_llm":
         from engines.trtllm import build_trtllm
 
-        return build_trtllm(checkpoint, chosen, folder, Parallel(tp, pp), name=name, off_sphere=off_sphere, progress=progress)
+        return build_trtllm(checkpoint, chosen, folder, Parallel(tp, pp), opening=opening, name=name, progress=progress)
     if (tp, pp) != (1, 1):
         raise TargetError(
             f"the target {chosen.name} is one GPU's", expected="--tp 1 --pp 1", found=f"--tp {tp} --pp {pp}",
@@ -77,7 +83,7 @@ def build_engine(
         )  # fmt: skip
     library = None if chosen.on_onnx else load_library(chosen.runtime)  # refused before anything is read
     check_free(folder)
-    with open_checkpoint(checkpoint, off_sphere=off_sphere) as opened:
+    with open_checkpoint(checkpoint, **opening) as opened:
         if chosen.gpu is not None:
             check_fits(opened.spec, chosen)
         opened.validate(lambda done, total, what: report(f"checking {what}", 0.2 * done / max(total, 1)))
@@ -86,8 +92,7 @@ def build_engine(
         graphs = 2 if verify and chosen.on_onnx else 1
         with new_folder(folder, needed=_estimate(opened, chosen) * graphs) as work:
             flags = _write_network(opened, chosen, library, work, lambda what, part: report(what, 0.2 + 0.5 * part))
-            for path in opened.tokenizer_files:
-                shutil.copyfile(path, work / path.name)
+            opened.text.copy_to(work)
             manifest = describe(opened, chosen, library, engine_name(name, checkpoint), flags)
             finish(work, manifest)
             if verify and runs_here(chosen):
@@ -131,8 +136,9 @@ def _write_network(
     weights = DeployedWeights(Weights(checkpoint), half_precision=half)
     flags = {"form": target.form, "block_size": target.block_size}
     if library is None:
-        export_graph(weights, target, work / ONNX_NAME, progress)
-        _write_json(work / "genai_config.json", genai_config(checkpoint.spec, target))
+        graph = export_graph(weights, target, work / ONNX_NAME, progress)
+        _write_json(work / "genai_config.json", genai_config(checkpoint.spec, target, graph.cache_channels))
+        _write_json(work / "config.json", hub_config(checkpoint.spec, target, graph))
         return flags
     assert target.gpu is not None and target.profile is not None
     batch = min(check_fits(checkpoint.spec, target).rows, target.profile.decode_batch)
@@ -237,6 +243,7 @@ def describe(checkpoint: Checkpoint, target: Target, library: Library | None, na
         "tools": tools,
         "flags": flags | ({"checkpoint_notes": list(checkpoint.notes)} if checkpoint.notes else {}),
         "files": {},
+        "generation": checkpoint.text.sampling,
         "parity": None,
     }
 

@@ -6,8 +6,8 @@ from engines.target import Target
 from ngpt.spec import NGPTSpec
 
 
-def genai_config(spec: NGPTSpec, target: Target) -> dict[str, Any]:
-    """The configuration, with model type "decoder" because onnxruntime-genai knows no "ngpt"."""
+def genai_config(spec: NGPTSpec, target: Target, cache_channels: int) -> dict[str, Any]:
+    """The configuration, with model type "decoder" because onnxruntime-genai knows no "ngpt"; a cached head has `cache_channels`."""
     cuda = target.providers[0] == "CUDAExecutionProvider"
     eos = list(spec.eos_token_ids)
     pad = spec.pad_token_id if spec.pad_token_id is not None else (eos[0] if eos else 0)
@@ -22,7 +22,7 @@ def genai_config(spec: NGPTSpec, target: Target) -> dict[str, Any]:
             "decoder": {
                 "session_options": {"log_id": "ngpt", "provider_options": [{"cuda": {}}] if cuda else []},
                 "filename": "model.onnx",
-                "head_size": spec.head_dim,
+                "head_size": cache_channels,
                 "hidden_size": spec.hidden_size,
                 "num_attention_heads": spec.num_heads,
                 "num_key_value_heads": spec.num_kv_heads,

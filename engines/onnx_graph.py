@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +18,21 @@ from ngpt.weights import Weights
 Progress = Callable[[str, float], None]
 # Protobuf ends at 2 GB, and a file that is mapped beats one that is parsed long before that.
 EXTERNAL_DATA_FROM = 64 << 20
+# The suffix under which transformers.js looks for the weights of a graph.
+EXTERNAL_DATA_SUFFIX = "_data"
+
+
+class Graph(NamedTuple):
+    """What is to be known of a graph on disk: channels of a cached head (head_dim, or what the form's kernel pads it to), and
+    whether the weights lie in a file of their own."""
+
+    cache_channels: int
+    external_data: bool
 
 
 def export_graph(
     weights: DeployedWeights, target: Target, path: Path, progress: Progress | None = None, taps: tuple[str, ...] = ()
-) -> None:
+) -> Graph:
     """Write the target's ONNX graph; tensors are read, folded, quantised and written one at a time.
 
     Raises MissingPackageError when the exporter's packages are not installed.
@@ -34,17 +44,20 @@ def export_graph(
     except ImportError as error:
         raise missing_package(f"exporting needs {error.name}", "onnx", found=str(error)) from error
     lowering = OnnxPortable if target.form == "portable" else OnnxRuntime
-    model = lowering(weights, cast(Precision, target.precision), target.block_size).model(taps)
+    lowered = lowering(weights, cast(Precision, target.precision), target.block_size)
+    model = lowered.model(taps)
     sizes = [value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None]
 
     def step(tensor: Any, info: Any) -> None:
         if progress is not None:
             progress(f"writing {tensor.name}", info.index / max(info.total, 1))
 
-    if sum(sizes) < EXTERNAL_DATA_FROM:
+    external_data = sum(sizes) >= EXTERNAL_DATA_FROM
+    if not external_data:
         ir.save(model, path)
     else:
-        ir.save(model, path, external_data=path.name + ".data", size_threshold_bytes=1024, callback=step)
+        ir.save(model, path, external_data=path.name + EXTERNAL_DATA_SUFFIX, size_threshold_bytes=1024, callback=step)
+    return Graph(lowered.cache_channels, external_data)
 
 
 def tap_function(
@@ -56,12 +69,12 @@ def tap_function(
     spec = checkpoint.spec
     names = ("embed", *(f"layers.{i}.{part}.update" for i in range(spec.num_layers) for part in ("attn", "mlp")))
     weights = DeployedWeights(Weights(checkpoint), half_precision=target.precision == "fp16")
-    export_graph(weights, target, scratch / "taps.onnx", taps=names)
+    graph = export_graph(weights, target, scratch / "taps.onnx", taps=names)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(scratch / "taps.onnx"), options, providers=list(target.providers))
     dtype = np.float16 if target.precision == "fp16" else np.float32
-    empty = np.zeros((1, spec.num_kv_heads, 0, spec.head_dim), dtype)
+    empty = np.zeros((1, spec.num_kv_heads, 0, graph.cache_channels), dtype)
     past = {f"past_key_values.{i}.{kind}": empty for i in range(spec.num_layers) for kind in ("key", "value")}
 
     def run(ids: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:

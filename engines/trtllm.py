@@ -19,6 +19,7 @@ import os
 import shlex
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ from export.trtllm.convert import convert
 from export.trtllm.parallel import Parallel
 from export.weights import DeployedWeights
 from ngpt.checkpoint import Checkpoint, open_checkpoint
-from ngpt.checkpoint.base import OffSphere
 from ngpt.errors import BuildError
 from ngpt.folder import check_free, new_folder
 from ngpt.spec import NGPTSpec
@@ -50,18 +50,18 @@ def build_trtllm(
     folder: Path,
     parallel: Parallel,
     *,
+    opening: Mapping[str, Any] | None = None,
     name: str | None = None,
-    off_sphere: OffSphere = "refuse",
     progress: Progress | None = None,
 ) -> Path:
     """Make the output folder, whole or not at all; it has a manifest.json if trtllm-build ran.
 
-    Raises the checkpoint's errors, UnsupportedError (sizes that cannot be divided), TargetError (a rank that does not fit the card),
+    `opening`: options of `open_checkpoint`. Raises the checkpoint's errors, UnsupportedError (sizes that cannot be divided), TargetError (a rank that does not fit the card),
     OutputExistsError, BuildError (disk full, or trtllm-build failed: its last lines are in the message).
     """
     report = progress or (lambda what, done: None)
     check_free(folder)
-    with open_checkpoint(checkpoint, off_sphere=off_sphere) as opened:
+    with open_checkpoint(checkpoint, **(opening or {})) as opened:
         _check(opened.spec, target, parallel)
         opened.validate(lambda done, total, what: report(f"checking {what}", 0.2 * done / max(total, 1)))
         opened.report_notes()
@@ -72,8 +72,7 @@ def build_trtllm(
                 deployed(opened, target), work / "checkpoint", parallel, target.precision,
                 lambda what, part: report(what, 0.2 + 0.6 * part), kernels=_kernels(target), kv_cache=target.kv_cache,
             )  # fmt: skip
-            for path in opened.tokenizer_files:
-                shutil.copyfile(path, work / path.name)
+            opened.text.copy_to(work)
             arguments = build_arguments(opened.spec, target, parallel)
             (work / "build.sh").write_text(_script(arguments), encoding="utf-8")
             (work / "build.sh").chmod(0o755)
@@ -127,9 +126,11 @@ def build_arguments(spec: NGPTSpec, target: Target, parallel: Parallel) -> list[
     return [part for key, value in values.items() for part in (f"--{key}", str(value))]
 
 
-def dry_run(checkpoint: str | Path, target: Target, folder: Path, parallel: Parallel) -> str:
+def dry_run(
+    checkpoint: str | Path, target: Target, folder: Path, parallel: Parallel, opening: Mapping[str, Any] | None = None
+) -> str:
     """What `build_trtllm` would do, in words. Reads the checkpoint's header only and writes nothing; raises as it does."""
-    with open_checkpoint(checkpoint) as opened:
+    with open_checkpoint(checkpoint, **(opening or {})) as opened:
         _check(opened.spec, target, parallel)
         weights = deployed(opened, target)
         config, spec = trtllm_config(weights, parallel, target.precision, kv_cache=target.kv_cache), opened.spec

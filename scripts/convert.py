@@ -1,10 +1,10 @@
 """`ngpt-deploy convert`: a checkpoint of either format as a Hugging Face folder, exactly, or projected back onto the unit sphere."""
 
 from pathlib import Path
+from typing import Any
 
 from engines.parity.effect import logit_effect
 from ngpt.checkpoint import Change, fold_scales, normalize, open_checkpoint, save_hf
-from ngpt.checkpoint.base import OffSphere
 
 
 def run(
@@ -13,22 +13,26 @@ def run(
     *,
     fold: bool = False,
     project: bool = False,
-    off_sphere: OffSphere = "refuse",
     with_code: bool = False,
+    **opening: Any,
 ) -> None:
-    """Convert, and print what was done. Raises the errors of reading and writing checkpoints."""
-    with open_checkpoint(checkpoint, off_sphere=off_sphere) as original:
+    """Convert, and print what was done. `opening`: options of `open_checkpoint`. Raises the errors of reading and writing checkpoints."""
+    with open_checkpoint(checkpoint, **opening) as original:
         wanted, changes = normalize(original) if project else (original, [])
-        wanted.validate()
+        if fold:
+            result = fold_scales(wanted)  # which validates what it folds
+        else:
+            wanted.validate()
+            result = wanted
         wanted.report_notes()
-        save_hf(fold_scales(wanted) if fold else wanted, output, with_code=with_code)
+        save_hf(result, output, with_code=with_code)
         print(f"checkpoint {output}")
         if not project:
             return
         print("\n".join(table(changes)))
         if changes:
-            with open_checkpoint(output) as result:
-                print(f"logits   {logit_effect(original, result)}")
+            with open_checkpoint(output) as written:
+                print(f"logits   {logit_effect(original, written)}")
 
 
 def table(changes: list[Change]) -> list[str]:

@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ngpt import NGPTConfig, NGPTForCausalLM
+from ngpt.text_files import TOKENIZER_CONFIG, for_every_transformers
 from ngpt.training import normalize_weights_
 
 CONTEXT, VOCABULARY = 256, 2048
@@ -189,6 +190,9 @@ def save(model: NGPTForCausalLM, tokenizer: Tokenizer, report: dict, output: Pat
         model_max_length=model.config.max_position_embeddings,
         clean_up_tokenization_spaces=False,
     ).save_pretrained(output)
+    path = output / TOKENIZER_CONFIG
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(for_every_transformers(config) or config, indent=2) + "\n", encoding="utf-8")
     (output / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 

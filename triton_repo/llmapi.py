@@ -15,7 +15,8 @@ from pathlib import Path
 from ngpt.checkpoint import open_checkpoint
 from ngpt.errors import PackagingError
 from ngpt.folder import new_folder
-from triton_repo.package import TOKENIZER_FILES, copy_files
+from ngpt.text_files import TOKENIZER_FILE, End
+from triton_repo.package import copy_files
 
 _HERE = Path(__file__).resolve().parent
 _FOLDER = "checkpoint"
@@ -29,7 +30,9 @@ def package_checkpoint(
     modules: Sequence[str | os.PathLike[str]] = (),
     num_slots: int = 8,
     tensor_parallel: int = 1,
-    kv_cache_fraction: float = 0.9,
+    kv_cache_fraction: float | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    eos: Sequence[End] = (),
 ) -> Path:
     """Write a model repository with the one model ``tensorrt_llm``; whole, or not at all.
 
@@ -40,7 +43,9 @@ def package_checkpoint(
         modules: Python files imported before the model is loaded; one of them must register the architecture with TensorRT-LLM.
         num_slots: sequences that are generated at the same time (max_batch_size).
         tensor_parallel: GPUs that share the model.
-        kv_cache_fraction: part of the GPU's free memory for keys and values, above 0 to 1.
+        kv_cache_fraction: part of the GPU's free memory for keys and values, above 0 to 1; 0.9 if not given.
+        tokenizer: a folder or a tokenizer.json to take in place of the checkpoint's.
+        eos: the tokens that end a text, ids or the tokenizer's texts, in place of the checkpoint's.
 
     Returns:
         The repository's path.
@@ -58,14 +63,21 @@ def package_checkpoint(
     for name, value in (("num_slots", num_slots), ("tensor_parallel", tensor_parallel)):
         if value < 1:
             raise PackagingError(name, expected="at least 1", found=str(value))
+    kv_cache_fraction = 0.9 if kv_cache_fraction is None else kv_cache_fraction
     if not 0 < kv_cache_fraction <= 1:
         raise PackagingError("kv_cache_fraction", expected="above 0, at most 1", found=str(kv_cache_fraction))
-    for wanted in (source / TOKENIZER_FILES[0], source / "config.json", *map(Path, modules)):
+    for wanted in (source / "config.json", *map(Path, modules)):
         if not wanted.is_file():
             raise PackagingError(f"{wanted.name} is needed to serve a checkpoint", expected=str(wanted), found="no such file")
-    with open_checkpoint(source) as checkpoint:
+    with open_checkpoint(source, tokenizer=tokenizer, eos=eos) as checkpoint:
+        checkpoint.text.check(checkpoint.spec.vocab_size)
         checkpoint.report_notes()
-        files = (*checkpoint.files, *checkpoint.tokenizer_files)
+        files, text, config = checkpoint.files, checkpoint.text, checkpoint.config
+    if text.tokenizer_file is None:
+        raise PackagingError(
+            f"{TOKENIZER_FILE} is needed to serve a checkpoint", expected=str(source / TOKENIZER_FILE), found="no such file",
+            remedy="Give one with --tokenizer.",
+        )  # fmt: skip
     settings = {
         "model": _FOLDER,
         "backend": "pytorch",
@@ -85,5 +97,8 @@ def package_checkpoint(
         (version / _FOLDER).mkdir()
         for file in {source / "config.json", *source.glob("*.safetensors.index.json"), *files}:
             shutil.copyfile(file, version / _FOLDER / file.name)
+        text.copy_to(version / _FOLDER)
+        if text.ends_given:
+            (version / _FOLDER / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (version / "model.yaml").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return output

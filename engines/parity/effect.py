@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +50,7 @@ def logit_effect(before: Checkpoint, after: Checkpoint, *, seed: int = 0) -> Eff
         )
         original = [model.run(sequence.tokens) for sequence in sequences]
         del model
+        gc.collect()  # two copies of a large model must never be alive together
     with loadable_folder(after) as folder:
         model = TorchReference(folder, "float32")
         changed = [model.run(sequence.tokens) for sequence in sequences]

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from ngpt.checkpoint import Checkpoint
-from ngpt.errors import ConfigError, MissingPackageError, shown
+from ngpt.errors import ConfigError, shown
 
 TEXTS = (
     "def read_lines(path):\n    with open(path) as file:\n        for line in file:\n",
@@ -77,9 +76,11 @@ def make_sequences(
         for length in lengths:
             drawn = random.integers(0, vocabulary, length + decode_steps)
             sequences.append(Sequence(f"random {length}", tuple(map(int, drawn)), length, is_text=False))
-        prompts = TEXTS if _tokenizer_file(checkpoint) else ()
+        prompts = TEXTS if checkpoint.text.tokenizer_file is not None else ()
     for number, prompt in enumerate(prompts):
-        ids = _encode(checkpoint, prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        ids = (
+            list(checkpoint.text.tokenizer().encode(prompt).ids) if isinstance(prompt, str) else [int(token) for token in prompt]
+        )
         if not ids or not all(0 <= token < vocabulary for token in ids):
             raise ConfigError(
                 f"parity prompt {number}",
@@ -91,22 +92,3 @@ def make_sequences(
         tokens = (*ids, *continue_greedily(ids, decode_steps))
         sequences.append(Sequence(f"{'text' if is_text else 'tokens'} {number}", tokens, len(ids), is_text))
     return sequences
-
-
-def _tokenizer_file(checkpoint: Checkpoint) -> Path | None:
-    return next((path for path in checkpoint.tokenizer_files if path.name == "tokenizer.json"), None)
-
-
-def _encode(checkpoint: Checkpoint, text: str) -> list[int]:
-    path = _tokenizer_file(checkpoint)
-    if path is None:
-        raise ConfigError(
-            "a text prompt needs a tokenizer",
-            expected="tokenizer.json beside the checkpoint",
-            remedy="give token ids instead",
-        )
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise MissingPackageError("text prompts need the package tokenizers", remedy="pip install tokenizers") from error
-    return list(Tokenizer.from_file(str(path)).encode(text).ids)

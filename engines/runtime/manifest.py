@@ -21,6 +21,7 @@ MAX_LAYERS = 10_000
 """Each costs objects when the engine is loaded, before its graph can contradict."""
 _MAX_INT = (1 << 31) - 1  # of a model's sizes
 _MAX_TEXT, _MAX_KEY, _MAX_DEPTH = 4096, 200, 32
+_MAX_SETTING = float(1 << 32)
 Progress = Callable[[str, float], None]
 """Called as progress(what is being done, fraction done of all)."""
 _CACHES = ("in-place", "past-present", "growing", "paged")
@@ -105,7 +106,11 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an engine folder holds and where it came from. Raises EngineFileError on a bad field."""
+    """What an engine folder holds and where it came from. Raises EngineFileError on a bad field.
+
+    `generation` holds the sampling settings of the checkpoint's generation_config.json under its names (temperature, top_p, ...), for
+    endpoints that apply a model's own defaults.
+    """
 
     name: str
     created: str
@@ -117,6 +122,7 @@ class Manifest:
     files: Mapping[str, FileEntry]
     flags: Mapping[str, Any] = field(default_factory=dict)
     parity: Mapping[str, Any] | None = None
+    generation: Mapping[str, float | bool] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -134,6 +140,10 @@ class Manifest:
                 _text(f"a name in {key}", item, most=_MAX_KEY)
                 _text(f"{key}.{item}", value, empty=True)
         _values("flags", _mapping("flags", self.flags))
+        for key, value in _mapping("generation", self.generation).items():
+            _text("a name in generation", key, most=_MAX_KEY)
+            if not isinstance(value, bool | int | float) or not -_MAX_SETTING <= value <= _MAX_SETTING:
+                raise _wrong(f"generation.{key}", f"true, false, or a number up to {_MAX_SETTING:g}", value)
         for name in _mapping("files", self.files):
             check_name(name)
         if not isinstance(self.graph, str) or self.graph not in self.files:
@@ -162,7 +172,7 @@ class Manifest:
         target["providers"] = list(self.target.providers)
         model = asdict(self.model)
         model["eos_token_ids"] = list(self.model.eos_token_ids)
-        tables: dict[str, Any] = {k: dict(getattr(self, k)) for k in ("digests", "tools", "flags")}
+        tables: dict[str, Any] = {k: dict(getattr(self, k)) for k in ("digests", "tools", "flags", "generation")}
         tables["files"] = {n: asdict(e) for n, e in sorted(self.files.items())}
         parity = None if self.parity is None else dict(self.parity)
         return {**data, **tables, "target": target, "model": model, "parity": parity}
@@ -355,7 +365,7 @@ def _keys(key: str, value: object, kind: type) -> Mapping[str, Any]:
     """The table, after its keys are held against the fields of the dataclass `kind`."""
     table = _mapping(key, value)
     allowed = {f.name for f in fields(kind)}
-    needed = allowed - {"note", "flags", "parity"}
+    needed = allowed - {"note", "flags", "parity", "generation"}
     if unknown := sorted(map(str, set(table) - allowed)):
         raise _wrong(f"{key}.{unknown[0]}", "no such key", table.get(unknown[0]))
     if missing := sorted(needed - set(table)):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Logits = NDArray[np.float32]
 _DTYPES = {"float32": np.float32, "float16": np.float16}
+_HEAD_MULTIPLE = 8  # the fused attention's kernels want heads of so many channels, and a graph for them pads
 
 
 class OnnxRunner:
@@ -38,8 +39,7 @@ class OnnxRunner:
             )
         self._session = _open_session(folder / manifest.graph, manifest.target.providers, threads)
         self._device = "cuda" if self._session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
-        _check_cache(self._session, manifest)
-        row = (model.num_kv_heads, self.max_length, model.head_dim)
+        row = (model.num_kv_heads, self.max_length, _cache_channels(self._session, manifest))
         dtype = np.dtype(_DTYPES[model.cache_dtype])
         self._cache: _SharedCache | _GrowingCache
         if self.in_place:
@@ -93,19 +93,23 @@ class OnnxRunner:
         return result
 
 
-def _check_cache(session: Any, manifest: Manifest) -> None:
-    """Raises EngineFileError unless the graph's cache has the layers, heads and width that the manifest says: a mere subset would be bound."""
+def _cache_channels(session: Any, manifest: Manifest) -> int:
+    """Channels of a cached head: the graph says so, because a kernel may want more than the network has.
+
+    Raises EngineFileError unless the graph's cache has the layers and heads that the manifest says: a mere subset would be bound.
+    """
     model = manifest.model
     found = {value.name: value.shape for value in session.get_inputs() if value.name.startswith("past_key_values.")}
     wanted = {f"past_key_values.{layer}.{kind}" for layer in range(model.num_layers) for kind in ("key", "value")}
     if set(found) != wanted:
         raise _contradiction(manifest, f"{model.num_layers} layers", f"{len(found) // 2}")
+    channels = {shape[3] if len(shape) == 4 else 0 for shape in found.values()}
+    widest = -(-model.head_dim // _HEAD_MULTIPLE) * _HEAD_MULTIPLE
     for name, shape in found.items():
-        if len(shape) != 4 or any(
-            isinstance(size, int) and size != want
-            for size, want in zip(shape[1::2], (model.num_kv_heads, model.head_dim), strict=True)
-        ):
+        heads = shape[1] if len(shape) == 4 else 0
+        if heads != model.num_kv_heads or len(channels) != 1 or not channels <= {model.head_dim, widest}:
             raise _contradiction(manifest, f"[batch, {model.num_kv_heads}, length, {model.head_dim}]", f"{name} {shape}")
+    return int(channels.pop())
 
 
 def _contradiction(manifest: Manifest, expected: str, found: str) -> EngineFileError:

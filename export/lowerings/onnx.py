@@ -10,41 +10,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
-import ml_dtypes  # noqa: F401  (registers the narrow dtypes onnx_ir may be asked to store)
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.lowerings.base import Lowering
+from export.lowerings.onnx_builder import GraphBuilder
 from export.network import trace
 from export.quantize import Quantized, quantize
 from export.weights import DeployedWeights, inverse_root, position_diagonal, rope_tables
-from ngpt.errors import UnsupportedError
 
 OPSET = 23
 # Far below the mean square of any row but a zero one, which it turns into zeros instead of NaN.
 ZERO_ROW_EPSILON = 1e-30
+# Other people's tools go by these names: transformers.js makes its first, empty cache from them, optimum computes sizes from them.
+BATCH, NEW, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "past_sequence_length + sequence_length"
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 
 
-class OnnxPortable(Lowering[ir.Value]):
+class OnnxPortable(GraphBuilder, Lowering[ir.Value]):
     """Standard operators only; the cache grows by concatenation inside Attention, rows may be padded on either side."""
 
+    present_axis = TOTAL
+
     def __init__(self, weights: DeployedWeights, precision: Precision = "fp32", block_size: int = 32) -> None:
-        super().__init__(weights)
+        Lowering.__init__(self, weights)
+        GraphBuilder.__init__(self, ir.DataType.FLOAT16 if precision == "fp16" else ir.DataType.FLOAT)
         self.precision, self.block_size = precision, block_size
-        self.dtype = ir.DataType.FLOAT16 if precision == "fp16" else ir.DataType.FLOAT
-        self.nodes: list[ir.Node] = []
-        self.values: dict[str, ir.Value] = {}
-        self.initializers: dict[str, ir.Value] = {}
-        self.inputs: dict[str, ir.Value] = {}
-        self.outputs: list[ir.Value] = []
-        self.input_ids = self._input("input_ids", ["batch", "sequence"])
-        self.attention_mask = self._input("attention_mask", ["batch", "total"])
-        self.position_ids = self._input("position_ids", ["batch", "sequence"])
-        cache: list[str | int] = ["batch", self.spec.num_kv_heads, "past", self.spec.head_dim]
+        self.input_ids = self._input("input_ids", [BATCH, NEW])
+        self.attention_mask = self._input("attention_mask", [BATCH, TOTAL])
+        self.position_ids = self._input("position_ids", [BATCH, NEW])
+        cache: list[str | int] = [BATCH, self.spec.num_kv_heads, PAST, self.cache_channels]
         for layer in range(self.spec.num_layers):
             for kind in ("key", "value"):
                 self._input(f"past_key_values.{layer}.{kind}", cache, self.dtype)
@@ -57,7 +55,7 @@ class OnnxPortable(Lowering[ir.Value]):
             logits = self._node("Cast", [logits], "logits", to=ir.DataType.FLOAT)
         else:
             logits = self._node("Identity", [logits], "logits")
-        shape = ir.Shape(["batch", "sequence", self.spec.vocab_size])
+        shape = ir.Shape([BATCH, NEW, self.spec.vocab_size])
         logits.type, logits.shape = ir.TensorType(ir.DataType.FLOAT), shape
         outputs = [logits, *self.outputs, *(self._tap(name) for name in taps)]
         graph = ir.Graph(
@@ -69,6 +67,11 @@ class OnnxPortable(Lowering[ir.Value]):
             name="ngpt",
         )
         return ir.Model(graph, ir_version=11, producer_name="ngpt-deploy")
+
+    @property
+    def cache_channels(self) -> int:
+        """Channels of a cached head."""
+        return self.spec.head_dim
 
     def opsets(self) -> dict[str, int]:
         """Operator sets the graph uses."""
@@ -175,15 +178,10 @@ class OnnxPortable(Lowering[ir.Value]):
 
     # -- building blocks -----------------------------------------------------------------------------------------------
 
-    def _input(self, name: str, shape: list[str | int], dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
-        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
-        self.inputs[name] = self.values[name] = value
-        return value
-
     def _present(self, values: Sequence[ir.Value]) -> None:
         for value in values:
             value.type = ir.TensorType(self.dtype)
-            value.shape = ir.Shape(["batch", self.spec.num_kv_heads, "present", self.spec.head_dim])
+            value.shape = ir.Shape([BATCH, self.spec.num_kv_heads, self.present_axis, self.cache_channels])
             self.outputs.append(value)
 
     def _tap(self, name: str) -> ir.Value:
@@ -191,53 +189,6 @@ class OnnxPortable(Lowering[ir.Value]):
         if value.type is None:
             value.type = ir.TensorType(self.dtype)
         return value
-
-    def _node(self, op: str, inputs: Sequence[ir.Value | None], name: str, domain: str = "", **attributes: Any) -> ir.Value:
-        return self._nodes(op, inputs, [name], domain, **attributes)[0]
-
-    def _nodes(
-        self, op: str, inputs: Sequence[ir.Value | None], names: Sequence[str], domain: str = "", **attributes: Any
-    ) -> Sequence[ir.Value]:
-        for key, value in attributes.items():
-            if isinstance(value, ir.DataType):
-                attributes[key] = int(value)
-        outputs = [ir.Value(name=name) for name in names]
-        self.nodes.append(ir.node(op, inputs, attributes, domain=domain, outputs=outputs, name=f"{names[0]}/{op}"))
-        self.values.update({str(value.name): value for value in outputs})
-        return outputs
-
-    def _constant(self, name: str, array: NDArray[Any], *, wide: bool = False) -> ir.Value:
-        """A small tensor, stored once under its name; floating ones in the network's dtype unless `wide`."""
-        key = f"const.{name}"
-        if key not in self.initializers:
-            if array.dtype.kind == "f" and self.dtype == ir.DataType.FLOAT16 and not wide:
-                array = array.astype(np.float16)
-            value = ir.Value(name=key, const_value=ir.tensor(array, name=key))
-            value.type, value.shape = ir.TensorType(ir.DataType.from_numpy(array.dtype)), ir.Shape(array.shape)
-            self.initializers[key] = value
-        return self.initializers[key]
-
-    def _weight(
-        self,
-        name: str,
-        load: Callable[[], NDArray[Any]],
-        shape: Sequence[int],
-        *,
-        narrow: bool = False,
-        dtype: ir.DataType | None = None,
-    ) -> ir.Value:
-        """A tensor that is read, folded and written only when the graph is saved, and not kept afterwards."""
-        if name not in self.initializers:
-            kind = dtype or (ir.DataType.FLOAT16 if narrow else self.dtype)
-            numpy_dtype = kind.numpy()
-
-            def evaluate() -> ir.Tensor:
-                return ir.tensor(np.ascontiguousarray(load().astype(numpy_dtype, copy=False)), dtype=kind, name=name)
-
-            tensor = ir.LazyTensor(evaluate, dtype=kind, shape=ir.Shape(shape), name=name, cache=False)
-            value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(kind), shape=ir.Shape(shape))
-            self.initializers[name] = value
-        return self.initializers[name]
 
     def _matmul(self, name: str, x: ir.Value, parts: Sequence[str]) -> ir.Value:
         """x times the stacked matrices of `parts`, with their stacked biases."""
@@ -293,27 +244,35 @@ class OnnxPortable(Lowering[ir.Value]):
 class OnnxRuntime(OnnxPortable):
     """ONNX Runtime's fused kernels: packed projections, GroupQueryAttention over a cache shared in place, MatMulNBits."""
 
+    present_axis = "present_sequence_length"  # that of the shared buffer, or as in the portable form where none is shared
+
+    @property
+    def cache_channels(self) -> int:
+        """GroupQueryAttention takes heads of a multiple of 8 channels: other heads get zeros at their end (`_padded`)."""
+        return -(-self.spec.head_dim // 8) * 8
+
     def opsets(self) -> dict[str, int]:
         return {"": OPSET, "com.microsoft": 1}
 
     def prepare(self) -> None:
         """GroupQueryAttention wants each row's length less one, and the longest: both come from the attention mask.
 
-        Raises UnsupportedError for a head size that kernel refuses.
+        The kernel counts from the start of a row: padding before a token would be attended to, and nothing said. So rows are looked
+        at: the last real token of a first call stands right after the others, and in later calls at most as far behind them as the
+        past is long. A row where it does not is left out of the lengths, and Reshape, whose name is then in the runtime's error, stops.
         """
-        if self.spec.head_dim % 8:
-            raise UnsupportedError(
-                "head_dim of an engine for ONNX Runtime's fused attention",
-                expected="a multiple of 8",
-                found=str(self.spec.head_dim),
-                remedy="build the target onnx-portable instead",
-            )
         one = self._constant("one", np.array([1], np.int64))
         count = self._node("ReduceSum", [self.attention_mask, one], "mask.lengths", keepdims=0)
-        self.last = self._node("Cast", [self._node("Sub", [count, one], "mask.last")], "mask.seqlens_k", to=ir.DataType.INT32)
         total = self._node("Shape", [self.attention_mask], "mask.total", start=1, end=2)
-        scalar = self._node("Squeeze", [total, self._constant("zero", np.array([0], np.int64))], "mask.total_scalar")
-        self.total = self._node("Cast", [scalar], "mask.total_length", to=ir.DataType.INT32)
+        past = self._node("Sub", [total, self._node("Shape", [self.input_ids], "mask.new", start=1, end=2)], "mask.past")
+        last = self._node("ArgMax", [self.attention_mask], "mask.last_real", axis=1, keepdims=0, select_last_index=1)
+        good = self._node("Less", [last, self._node("Add", [count, past], "mask.room")], "mask.good")
+        kept = self._node("Compress", [self._node("Sub", [count, one], "mask.last"), good], "mask.last_of_good", axis=0)
+        batch = self._node("Shape", [self.attention_mask], "mask.batch", start=0, end=1)
+        kept = self._node("Reshape", [kept, batch], "mask.last_of_all")
+        self.nodes[-1].name = "attention_mask: the fused attention takes padding on the right alone; onnx-portable takes any"
+        self.last = self._node("Cast", [kept], "mask.seqlens_k", to=ir.DataType.INT32)
+        self.total = self._node("Cast", [total], "mask.total_length", to=ir.DataType.INT32)
 
     def position(self, name: str, x: ir.Value, heads: int) -> ir.Value:
         if self.spec.position == "research":
@@ -361,14 +320,32 @@ class OnnxRuntime(OnnxPortable):
         )
 
     def attention(self, name: str, layer: int, q: ir.Value, k: ir.Value, v: ir.Value, scale: float) -> ir.Value:
+        heads, keys = self.spec.num_heads, self.spec.num_kv_heads
         past = [self.inputs[f"past_key_values.{layer}.{kind}"] for kind in ("key", "value")]
-        outputs = [name, f"present.{layer}.key", f"present.{layer}.value"]
+        wide = self.cache_channels != self.spec.head_dim
+        if wide:
+            parts = (("queries", q, heads), ("new_key", k, keys), ("new_value", v, keys))
+            q, k, v = (self._padded(f"{name}.{part}", x, count) for part, x, count in parts)
+        outputs = [f"{name}.wide" if wide else name, f"present.{layer}.key", f"present.{layer}.value"]
         out, *present = self._nodes(
             "GroupQueryAttention", [q, k, v, *past, self.last, self.total], outputs, "com.microsoft",
-            num_heads=self.spec.num_heads, kv_num_heads=self.spec.num_kv_heads, scale=scale, do_rotary=0,
+            num_heads=heads, kv_num_heads=keys, scale=scale, do_rotary=0,
         )  # fmt: skip
         self._present(present)
-        return out
+        return self._narrowed(name, out, heads) if wide else out
+
+    def _padded(self, name: str, x: ir.Value, heads: int) -> ir.Value:
+        """Each head with zeros up to `cache_channels`: they add nothing to a dot product and leave as zeros."""
+        more = self._constant("head_padding", np.array([0, self.cache_channels - self.spec.head_dim], np.int64))
+        last = self._constant("last", np.array([-1], np.int64))
+        return self._join(f"{name}.wide", self._node("Pad", [self._split(name, x, heads), more, None, last], f"{name}.padded"))
+
+    def _narrowed(self, name: str, x: ir.Value, heads: int) -> ir.Value:
+        """The channels of each head without the padding."""
+        shape = self._constant(f"wide_heads.{heads}", np.array([0, 0, heads, self.cache_channels], np.int64))
+        by_head = self._node("Reshape", [x, shape], f"{name}.wide_heads")
+        start, end, axis = (self._constant(f"narrow.{n}", np.array([n], np.int64)) for n in (0, self.spec.head_dim, -1))
+        return self._join(name, self._node("Slice", [by_head, start, end, axis], f"{name}.narrow"))
 
     def _multiply(
         self, name: str, x: ir.Value, load: Callable[[], NDArray[np.float32]], rows: int, columns: int, bias: ir.Value | None

@@ -1,10 +1,9 @@
 """Per-tensor scales of FP8 products, from what nGPT guarantees instead of from calibration data.
 
-A product's input is bounded before any token is seen: hidden states have unit norm (embeddings may be off by a
-hundredth, which e4m3's rounding to 448 takes, or by more in a checkpoint that is off the sphere: then their norm is the bound), so no channel
-exceeds 1; by Cauchy and Schwarz no
-channel of a projection exceeds the norm of its row (and its bias); attention averages values. A scale of bound / 448 therefore never
-saturates e4m3, whose relative precision does not suffer from the slack until values fall below 2**-6 / 448 of the bound.
+A product's input is bounded before any token is seen: hidden states have unit norm, so no channel exceeds 1 (embeddings may be off by half a
+hundredth, which e4m3's rounding to 448 takes; by more only in a checkpoint that is off the sphere, and then their norm is the bound); by Cauchy
+and Schwarz no channel of a projection exceeds the norm of its row (and its bias); attention averages values. A scale of bound / 448 therefore
+never saturates e4m3, whose relative precision does not suffer from the slack until values fall below 2**-6 / 448 of the bound.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
@@ -16,19 +17,9 @@ from ngpt.checkpoint.table import FLOAT_DTYPES, LM_HEAD, expected_tensors
 from ngpt.checkpoint.values import OFF_SPHERE_LIMIT, Deviation, check_values
 from ngpt.config_keys import tidy
 from ngpt.errors import DtypeError, MissingTensorError, ShapeError, TensorValueError, UnexpectedTensorError, shown
-from ngpt.files import contained, exists
 from ngpt.spec import NGPTSpec
+from ngpt.text_files import TextFiles
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 _CHUNK = 1 << 22
 _LOG = logging.getLogger("ngpt")
 
@@ -70,11 +61,25 @@ class Checkpoint:
     release the memory map.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any], source: Source, *, off_sphere: OffSphere = "refuse") -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: Mapping[str, Any],
+        source: Source,
+        *,
+        text: TextFiles | None = None,
+        off_sphere: OffSphere = "refuse",
+    ) -> None:
         self.path = path
         self.off_sphere = off_sphere
-        self.spec = NGPTSpec.from_config(config)
+        self.text = TextFiles() if text is None else text
         self.config, self.notes = tidy(config)
+        self.spec = NGPTSpec.from_config(config)
+        if text is not None:
+            self.notes += text.notes
+            self.spec = dataclasses.replace(self.spec, eos_token_ids=text.ends)
+            if text.ends_given:
+                self.config["eos_token_id"] = list(text.ends)
         self._source = source
         self._digest: str | None = None
         check_structure(self.spec, source.infos, str(path))
@@ -104,15 +109,6 @@ class Checkpoint:
         """Name to the safetensors file that holds the tensor as `get` gives it; empty where tensors are made on reading."""
         return self._source.places
 
-    @property
-    def tokenizer_files(self) -> tuple[Path, ...]:
-        """Tokenizer and generation files beside the weights, as far as they exist.
-
-        Raises `CheckpointError` where something else stands in their place: a link that leaves the folder, for example.
-        """
-        folder = self.path if self.path.is_dir() else self.path.parent
-        return tuple(contained(folder, name) for name in TOKENIZER_FILES if exists(folder, name))
-
     def digest(self) -> str:
         """ "sha256:..." over the bytes of the tensor files, in order of their names. Reads them once."""
         if self._digest is None:
@@ -127,12 +123,13 @@ class Checkpoint:
         return self._digest
 
     def validate(self, progress: Progress | None = None) -> None:
-        """Read every tensor once and check its values: finite, and matrices on the unit sphere.
+        """Check the tokenizer's ids, then read every tensor once: its values are finite, and matrices on the unit sphere.
 
         Vectors whose norm differs from 1 by more than the rounding of their storage dtype, but by no more than
         `OFF_SPHERE_LIMIT`, are noted; so are others where ``off_sphere`` is "allow". Raises `TensorValueError` naming the
         tensor, the row or column, and the tolerance.
         """
+        self.text.check(self.spec.vocab_size)
         table = expected_tensors(self.spec)
         names = self.names()
         off: list[Deviation] = []

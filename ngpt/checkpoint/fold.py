@@ -28,7 +28,7 @@ def fold_scales(checkpoint: Checkpoint) -> Checkpoint:
         raise UnsupportedError(f"the scales of {checkpoint.path} are folded already", remedy="convert it without folding")
     checkpoint.validate()
     config = {**checkpoint.config, "sz_folded": True, "tie_word_embeddings": False}
-    return Checkpoint(checkpoint.path, config, FoldedSource(checkpoint), off_sphere=checkpoint.off_sphere)
+    return Checkpoint(checkpoint.path, config, FoldedSource(checkpoint), text=checkpoint.text, off_sphere=checkpoint.off_sphere)
 
 
 class FoldedSource(Source):

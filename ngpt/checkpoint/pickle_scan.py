@@ -349,7 +349,7 @@ def _refused(where: str, path: str, why: str = "") -> UnsafeFormatError:
     return UnsafeFormatError(
         f"{where} asks for objects beyond tensors and plain values",
         found=shown(path, 160)[1:-1] + (f", {why}" if why else ""),
-        remedy="do not load it unless you trust it; then re-save model and model_args alone",
+        remedy="do not load it unless you trust it; then re-save model and model_args alone (docs/building.md has the command)",
     )
 
 

@@ -91,7 +91,8 @@ def research_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if missing:
         raise ConfigError(f"model_args lacks {missing[0]!r}")
     for key in ("use_nGPT", "bias"):
-        if not isinstance(stated := arguments.get(key, False), int) or stated not in (0, 1):
+        stated = False if arguments.get(key) is None else arguments[key]
+        if not isinstance(stated, int) or stated not in (0, 1):
             raise ConfigError(f"model_args.{key}", expected="0 or 1", found=shown(stated))
     if not arguments["use_nGPT"]:
         raise ConfigError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -47,8 +46,7 @@ def save_hf(
 def _write(checkpoint: Checkpoint, folder: Path, limit: int, progress: Progress | None) -> None:
     text = json.dumps(checkpoint.config, indent=2, sort_keys=True, allow_nan=False)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-    for file in checkpoint.tokenizer_files:
-        shutil.copyfile(file, folder / file.name)
+    checkpoint.text.copy_to(folder)
     shards = _shards(checkpoint, limit)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):

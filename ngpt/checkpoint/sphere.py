@@ -49,7 +49,7 @@ def normalize(checkpoint: Checkpoint, progress: Progress | None = None) -> tuple
             factors[name], change = found
             changes.append(change)
     source = NormalizedSource(checkpoint, {name: (_axis(table[name]), scale) for name, scale in factors.items()})
-    return Checkpoint(checkpoint.path, checkpoint.config, source, off_sphere=checkpoint.off_sphere), changes
+    return Checkpoint(checkpoint.path, checkpoint.config, source, text=checkpoint.text, off_sphere=checkpoint.off_sphere), changes
 
 
 def _axis(expected: Expected) -> int:

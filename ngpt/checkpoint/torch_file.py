@@ -39,13 +39,18 @@ def load_torch_file(path: Path) -> Mapping[str, Any]:
     except NGPTDeployError:
         raise
     except Exception as error:  # zipfile and torch raise whatever a damaged file leads them to
-        text = str(error).split("\n")[0]
         raise CorruptFileError(
-            f"{path} cannot be read", found=f"{type(error).__name__}: {text[:160]}", remedy="copy or download the file again"
+            f"{path} cannot be read", found=f"{type(error).__name__}: {_reason(error)}", remedy="copy or download the file again"
         ) from error
     if not isinstance(stored, Mapping):
         raise CheckpointError(f"{path}", expected="a dict", found=type(stored).__name__)
     return stored
+
+
+def _reason(error: Exception) -> str:
+    """The first line that says something: torch's advice on how to be less careful is no reason."""
+    text = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0].split(" Please use")[0]
+    return "torch refuses it" if text.startswith("Weights only load failed") else text[:160]
 
 
 class _StandIn:
@@ -149,6 +154,12 @@ def _members(archive: zipfile.ZipFile, path: Path) -> tuple[str, dict[str, int]]
             )
         roots.add(root)
         sizes[inner] = member.file_size
+    if "constants.pkl" in sizes:
+        raise UnsafeFormatError(
+            f"{path} is a TorchScript program, which is code",
+            expected="a checkpoint of the training script",
+            found="constants.pkl",
+        )
     if len(roots) != 1 or _PICKLE not in sizes:
         raise CorruptFileError(f"{path} is not an archive as torch.save writes it", expected=f"one folder with a {_PICKLE}")
     return roots.pop(), sizes

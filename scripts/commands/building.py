@@ -7,10 +7,10 @@ from typing import Any
 
 from engines.target import AUTO, DEFAULT, Target, load_target, with_kv_cache
 from ngpt.errors import ParityFailedError
-from scripts.commands.options import Bar, Command, positive
+from scripts.commands.options import Bar, Command, add_text, positive
 from scripts.terminal import plain
 
-OFF_SPHERE = "take a checkpoint as it is whose rows are far from unit norm; a deviation of up to 1 %% is taken with a warning"
+OFF_SPHERE = "take a checkpoint as it is whose rows are far from unit norm; a deviation of up to 0.5 %% is taken with a warning"
 KV_CACHE = "type of cached keys and values; auto: the arithmetic's own (fp8: TensorRT-LLM targets)"
 
 
@@ -23,6 +23,7 @@ def add_build(command: Command, targets: list[Target]) -> None:
     build.add_argument(
         "--precision", help="another one that the target offers (TensorRT targets: fp16, bf16, fp32, int8, fp8, int4)"
     )
+    add_text(build)
     build.add_argument("--allow-off-sphere", action="store_true", help=OFF_SPHERE)
     build.add_argument("--output", required=True, help="engine folder to make; must not exist")
     build.add_argument("--name", help="name in the manifest; the checkpoint folder's if not given")
@@ -60,6 +61,7 @@ def add_convert(command: Command) -> None:
     convert.add_argument(
         "--normalize", action="store_true", help="project matrices back onto the unit sphere, and say what that changed"
     )
+    add_text(convert)
     convert.add_argument("--allow-off-sphere", action="store_true", help=OFF_SPHERE)
     convert.add_argument("--with-code", action="store_true", help="add the model's code, for trust_remote_code=True")
 
@@ -81,7 +83,7 @@ def _build(args: argparse.Namespace) -> int:
     with Bar() as bar:
         folder = build_engine(
             args.checkpoint, args.target, args.output, precision=args.precision, name=args.name, verify=not args.no_verify,
-            tp=args.tp, pp=args.pp, kv_cache=args.kv_cache, off_sphere=_off_sphere(args), progress=bar,
+            tp=args.tp, pp=args.pp, kv_cache=args.kv_cache, progress=bar, **_opening(args),
         )  # fmt: skip
     if not (folder / "manifest.json").exists():  # TensorRT-LLM is not installed here
         print(f"checkpoint {folder / 'checkpoint'}\n")
@@ -107,7 +109,7 @@ def _dry_run(args: argparse.Namespace) -> int:
     if target.runtime != "tensorrt_llm":
         raise TargetError("--dry-run", expected="a TensorRT-LLM target", found=target.name)
     target = with_kv_cache(target, args.kv_cache)
-    print(dry_run(args.checkpoint, target, Path(args.output), Parallel(args.tp, args.pp)))
+    print(dry_run(args.checkpoint, target, Path(args.output), Parallel(args.tp, args.pp), _opening(args)))
     return 0
 
 
@@ -119,7 +121,9 @@ def _verify(args: argparse.Namespace) -> int:
     engine = args.engine.absolute()  # a name of its own, too, where "." was given
     verify_files(engine, read_manifest(engine))
     report = args.report or engine.with_name(engine.name + "-parity")
-    with open_checkpoint(args.checkpoint) as checkpoint:
+    # The text of the comparison is the engine's own: it may have been built with another tokenizer than the checkpoint's.
+    own = engine if (engine / "tokenizer.json").is_file() else None
+    with open_checkpoint(args.checkpoint, tokenizer=own) as checkpoint:
         summary = verify_folder(engine, checkpoint, decode_steps=args.decode_steps, report=report)
     if args.json:
         print(json.dumps(summary, indent=2))
@@ -150,14 +154,14 @@ def _convert(args: argparse.Namespace) -> int:
     from scripts.convert import run
 
     run(
-        args.checkpoint, args.output, fold=args.fold_scales, project=args.normalize, off_sphere=_off_sphere(args),
-        with_code=args.with_code,
+        args.checkpoint, args.output, fold=args.fold_scales, project=args.normalize, with_code=args.with_code, **_opening(args)
     )  # fmt: skip
     return 0
 
 
-def _off_sphere(args: argparse.Namespace) -> Any:
-    return "allow" if args.allow_off_sphere else "refuse"
+def _opening(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of reading a checkpoint."""
+    return {"off_sphere": "allow" if args.allow_off_sphere else "refuse", "tokenizer": args.tokenizer, "eos": args.eos}
 
 
 def _bench(args: argparse.Namespace) -> int:

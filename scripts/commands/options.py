@@ -39,6 +39,19 @@ class Command(Protocol):
         """The parser of the command."""
 
 
+def add_text(command: argparse.ArgumentParser) -> None:
+    """The options on the tokenizer and the tokens that end a text."""
+    command.add_argument(
+        "--tokenizer",
+        metavar="DIR_OR_FILE",
+        help="tokenizer to take in place of the one beside it: a folder, or a tokenizer.json",
+    )
+    command.add_argument(
+        "--eos", action="append", default=[], metavar="TOKEN", help="token that ends a text, an id or the tokenizer's text of it, in "
+        "place of those that the files name; may be given several times",
+    )  # fmt: skip
+
+
 def positive(text: str) -> int:
     """A count of at least 1."""
     return _within(text, 1, MOST)

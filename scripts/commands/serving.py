@@ -7,7 +7,8 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from scripts.commands.options import Command, port, positive
+from ngpt.errors import PackagingError
+from scripts.commands.options import Command, add_text, port, positive
 from scripts.terminal import harmless
 
 
@@ -18,13 +19,14 @@ def add_package(command: Command) -> None:
         "engine", type=Path, help="engine folder; or a Hugging Face checkpoint, for TensorRT-LLM's PyTorch runtime"
     )
     package.add_argument("--output", type=Path, required=True, help="model repository to make; must not exist")
+    add_text(package)
     package.add_argument("--slots", type=positive, default=8, help="sequences generated at once")
     package.add_argument("--threads", type=positive, help="threads of the runtime; its own choice if not given")
-    package.add_argument("--mount", default="/models", help="TensorRT-LLM engines: path of the repository where it is served")
+    package.add_argument("--mount", help="TensorRT-LLM engines: path of the repository where it is served; /models if not given")
     package.add_argument(
-        "--kv-cache-fraction", type=float, default=0.9, help="TensorRT-LLM: part of free GPU memory for the cache"
+        "--kv-cache-fraction", type=float, help="TensorRT-LLM: part of free GPU memory for the cache; 0.9 if not given"
     )
-    package.add_argument("--tp", type=positive, default=1, help="checkpoints: GPUs that share the model")
+    package.add_argument("--tp", type=positive, help="checkpoints: GPUs that share the model; 1 if not given")
     package.add_argument("--module", type=Path, action="append", default=[], help="checkpoints: file that registers the model")
     package.add_argument("--allow-unverified", action="store_true", help="package an engine without a passing verdict")
 
@@ -54,20 +56,24 @@ def add_generate(command: Command) -> None:
 
 
 def _package(args: argparse.Namespace) -> int:
-    if not (args.engine / "manifest.json").is_file() and (args.engine / "config.json").is_file():
+    # An engine has a config.json too; one that lost its manifest is still no checkpoint.
+    a_checkpoint = (args.engine / "config.json").is_file() and not (args.engine / "genai_config.json").is_file()
+    if a_checkpoint and not (args.engine / "manifest.json").is_file():
         from triton_repo.llmapi import package_checkpoint
 
+        _refuse(args, "of an engine", "threads", "mount")
         package_checkpoint(
             args.engine, args.output, allow_unverified=args.allow_unverified, num_slots=args.slots, modules=args.module,
-            tensor_parallel=args.tp, kv_cache_fraction=args.kv_cache_fraction,
+            tensor_parallel=args.tp or 1, kv_cache_fraction=args.kv_cache_fraction, tokenizer=args.tokenizer, eos=args.eos,
         )  # fmt: skip
         print(f"repository {args.output}\nserve it   in the vendor's container: docs/serving.md")
         return 0
     from triton_repo.package import package_engine
 
+    _refuse(args, "of a checkpoint", "tp", "module")
     package_engine(
         args.engine, args.output, allow_unverified=args.allow_unverified, num_slots=args.slots, threads=args.threads,
-        mount=args.mount, kv_cache_fraction=args.kv_cache_fraction,
+        mount=args.mount, kv_cache_fraction=args.kv_cache_fraction, tokenizer=args.tokenizer, eos=args.eos,
     )  # fmt: skip
     where = (
         "in the vendor's container: docs/serving.md"
@@ -76,6 +82,13 @@ def _package(args: argparse.Namespace) -> int:
     )
     print(f"repository {args.output}\nserve it   {where}")
     return 0
+
+
+def _refuse(args: argparse.Namespace, of: str, *names: str) -> None:
+    """Raise PackagingError for an option that would not be looked at."""
+    for name in names:
+        if getattr(args, name) not in (None, []):
+            raise PackagingError(f"--{name} is an option {of}, which {args.engine} is not", remedy="leave it out")
 
 
 def _serve(args: argparse.Namespace) -> int:

@@ -83,6 +83,6 @@ class TorchRunner:
 
 def _signed(layer, h, **options):
     """The layer's forward pass without the absolute value of its step sizes."""
-    x, weights = layer.self_attn(h, **options)
+    x, _ = layer.self_attn(h, **options)
     h = hypersphere_update(h, x, layer.attn_alpha * layer.attn_alpha_scale)
-    return hypersphere_update(h, layer.mlp(h), layer.mlp_alpha * layer.mlp_alpha_scale, layer.mlp_norm_eps), weights
+    return hypersphere_update(h, layer.mlp(h), layer.mlp_alpha * layer.mlp_alpha_scale, layer.mlp_norm_eps)

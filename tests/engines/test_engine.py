@@ -49,7 +49,7 @@ def test_large_weights_go_to_external_data_and_come_back(tmp_path, monkeypatch):
     build_engine(
         case.folder, "cpu-fp32", tmp_path / "engine", verify=False, progress=lambda what, done: steps.append((what, done))
     )
-    assert (tmp_path / "engine" / "model.onnx.data").stat().st_size > 600_000
+    assert (tmp_path / "engine" / "model.onnx_data").stat().st_size > 600_000
     assert (tmp_path / "engine" / "model.onnx").stat().st_size < 100_000
     with load_engine(tmp_path / "engine", num_slots=2, threads=1) as engine:
         assert np.abs(engine.logits(case.ids) - case.logits).max() <= LOGIT_ERROR

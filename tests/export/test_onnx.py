@@ -27,9 +27,9 @@ def session(path):
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def feeds(spec, ids, mask, past=None):
+def feeds(spec, ids, mask, past=None, channels=None):
     positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :]
-    empty = np.zeros((len(ids), spec.num_kv_heads, 0, spec.head_dim), np.float32)
+    empty = np.zeros((len(ids), spec.num_kv_heads, 0, channels or spec.head_dim), np.float32)
     names = [f"past_key_values.{i}.{kind}" for i in range(spec.num_layers) for kind in ("key", "value")]
     return dict(zip(names, past or [empty] * len(names), strict=True), input_ids=ids, attention_mask=mask, position_ids=positions)
 
@@ -63,6 +63,90 @@ def test_fused_matches_golden(golden, tmp_path):
         ids = row[real][None]
         logits = run.run(["logits"], feeds(spec, ids, np.ones_like(ids)))[0][0]
         assert np.abs(logits - expected[real]).max() <= LOGIT_ERROR
+
+
+def greedy(run, spec, ids, mask, steps):
+    """The greedy continuation [B, steps] of a loop such as other tools have: the cache grows, the mask gets a column a step."""
+    past, tokens = None, []
+    for _ in range(steps):
+        logits, *past = run(feeds(spec, ids, mask, past))
+        ids, mask = logits[:, -1].argmax(-1)[:, None], np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
+        tokens.append(ids)
+    return np.concatenate(tokens, axis=1)
+
+
+def test_a_left_padded_batch_decodes_to_the_golden_tokens_in_openvino_and_onnx_runtime(tmp_path):
+    import openvino
+
+    from tests.conftest import Golden
+
+    case = Golden("gqa-left-padded")
+    spec = export(case, OnnxPortable, tmp_path / "m.onnx")
+    compiled = openvino.Core().compile_model(str(tmp_path / "m.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    run, wanted = session(tmp_path / "m.onnx"), case.greedy[:, case.ids.shape[1] :]
+    for tool in (lambda x: list(compiled(x).values()), lambda x: run.run(None, x)):
+        np.testing.assert_array_equal(greedy(tool, spec, case.ids, case.mask, wanted.shape[1]), wanted)
+
+
+FIRST_CALLS = {
+    "padding on the left": [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]],
+    "one place on the left": [[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]],
+    "a hole": [[1, 1, 1, 1, 1], [1, 1, 0, 1, 1]],
+    "padding on both sides": [[0, 1, 1, 1, 0], [1, 1, 1, 1, 1]],
+    "a row without tokens": [[1, 1, 1, 1, 1], [0, 0, 0, 0, 0]],
+    "one sequence, padding on the left": [[0, 1, 1, 1, 1]],
+}
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory):
+    from tests.conftest import Golden
+
+    case, path = Golden("gqa"), tmp_path_factory.mktemp("fused") / "m.onnx"
+    spec = export(case, OnnxRuntime, path)
+    return case, spec, session(path)
+
+
+@pytest.mark.parametrize("name", FIRST_CALLS)
+def test_the_fused_attention_stops_at_padding_it_would_attend_to(fused, name):
+    case, spec, run = fused
+    mask = np.array(FIRST_CALLS[name])
+    with pytest.raises(Exception, match="attention_mask: the fused attention takes padding on the right alone; onnx-portable"):
+        run.run(["logits"], feeds(spec, case.ids[:1, :5].repeat(len(mask), 0), mask))
+
+
+def test_the_fused_graph_takes_padding_on_the_right_and_decodes_past_it(fused):
+    """As onnxruntime-genai feeds a batch: the padding stays in the mask as a hole, and a row's length is what it sums to."""
+    case, spec, run = fused
+    ids, lengths = case.ids[0], (9, 4)
+    batch, mask = np.zeros((2, 9), np.int64), np.zeros((2, 9), np.int64)
+    for row, length in enumerate(lengths):
+        batch[row, :length], mask[row, :length] = ids[:length], 1
+    logits, *past = run.run(None, feeds(spec, batch, mask))
+    for row, length in enumerate(lengths):
+        assert np.abs(logits[row, :length] - case.logits[0, :length]).max() <= LOGIT_ERROR
+    for step in range(3):
+        mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
+        new = np.array([[ids[length + step]] for length in lengths])
+        logits, *past = run.run(None, feeds(spec, new, mask, past))
+        expected = case.logits[0, [length + step for length in lengths]]
+        assert np.abs(logits[:, 0] - expected).max() <= LOGIT_ERROR
+
+
+@pytest.mark.parametrize("lowering", [OnnxPortable, OnnxRuntime])
+def test_axes_have_the_names_that_other_tools_resolve(lowering, tmp_path):
+    """transformers.js fills `batch_size` in and takes any other name for 0; optimum adds up what an axis is named."""
+    from tests.conftest import Golden
+
+    export(Golden("gqa"), lowering, tmp_path / "m.onnx")
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    axes = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*graph.input, *graph.output)}
+    assert axes["input_ids"] == axes["position_ids"] == ["batch_size", "sequence_length"]
+    assert axes["attention_mask"] == ["batch_size", "past_sequence_length + sequence_length"]
+    assert axes["past_key_values.2.value"] == ["batch_size", 2, "past_sequence_length", 16]
+    assert axes["logits"] == ["batch_size", "sequence_length", 256]
+    present = "present_sequence_length" if lowering is OnnxRuntime else "past_sequence_length + sequence_length"
+    assert axes["present.2.value"] == ["batch_size", 2, present, 16]
 
 
 @pytest.mark.parametrize("lowering", [OnnxPortable, OnnxRuntime])

@@ -7,7 +7,6 @@ import torch
 from export.lowerings.onnx import OnnxPortable, OnnxRuntime
 from export.lowerings.tensorrt_library import load_library
 from ngpt import NGPTConfig, NGPTForCausalLM
-from ngpt.errors import UnsupportedError
 from tests.export.tensorrt_network import OLD_FEATURES, Network
 from tests.export.test_onnx import export, feeds, session
 
@@ -58,13 +57,30 @@ class Case:
             self.logits = model.double()(torch.from_numpy(self.ids)).logits.numpy()
 
 
-def test_a_head_size_the_fused_kernel_refuses_is_refused_by_name_and_portable_takes_it(tmp_path):
-    case = Case({"head_dim": 12}, tmp_path / "checkpoint")
-    with pytest.raises(UnsupportedError, match="head_dim.*multiple of 8.*12.*onnx-portable"):
-        export(case, OnnxRuntime, tmp_path / "fused.onnx")
-    spec = export(case, OnnxPortable, tmp_path / "m.onnx")
-    got = session(tmp_path / "m.onnx").run(["logits"], feeds(spec, case.ids, case.mask))[0]
-    assert np.abs(got - case.logits).max() <= 2e-5
+ODD_HEADS = {
+    "heads of 12": {"head_dim": 12},
+    "heads of 20, one key head, biases": {"head_dim": 20, "num_key_value_heads": 1, "attention_bias": True},
+    "heads of 6, partly rotated": {"head_dim": 6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.7}},
+    "heads of 10, research positions": {"head_dim": 10, "position_code": "research", "num_key_value_heads": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD_HEADS)
+def test_heads_that_are_no_multiple_of_8_are_padded_in_the_fused_form(name, tmp_path):
+    """In one call, and as a prompt followed by steps over the wider cache."""
+    case = Case(ODD_HEADS[name], tmp_path / "checkpoint")
+    bound, prompt = 2e-5 * max(1.0, np.abs(case.logits).max() / 8), 47
+    for lowering in (OnnxPortable, OnnxRuntime):
+        spec = export(case, lowering, tmp_path / f"{lowering.__name__}.onnx")
+        run = session(tmp_path / f"{lowering.__name__}.onnx")
+        channels = run.get_inputs()[3].shape[-1]
+        assert channels == (spec.head_dim if lowering is OnnxPortable else -(-spec.head_dim // 8) * 8)
+        logits, *past = run.run(None, feeds(spec, case.ids[:, :prompt], case.mask[:, :prompt], channels=channels))
+        parts = [logits]
+        for step in range(prompt, case.ids.shape[1]):
+            logits, *past = run.run(None, feeds(spec, case.ids[:, step : step + 1], case.mask[:, : step + 1], past))
+            parts.append(logits)
+        assert np.abs(np.concatenate(parts, axis=1) - case.logits).max() <= bound, lowering.__name__
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -1,9 +1,12 @@
 """Writing deliberately odd checkpoints for tests."""
 
 import json
+import zipfile
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -36,3 +39,38 @@ def write_shards(folder, parts, weight_map=None):
     index = {"metadata": {}, "weight_map": honest if weight_map is None else {**honest, **weight_map}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+def tokenizer(special=("<|endoftext|>",), size=200):
+    """Single bytes and as many special tokens as are named: ids from 0."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:size]
+    made = Tokenizer(models.BPE({letter: at for at, letter in enumerate(alphabet)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(text, special=True) for text in special])
+    return made
+
+
+def research():
+    """What the smaller golden research file holds, to be changed and saved again."""
+    return torch.load(GOLDEN / "research-checkpoint" / "ckpt.pt", weights_only=True)
+
+
+def save(stored, folder):
+    """As ckpt.pt in the folder; returns its path."""
+    torch.save(stored, folder / "ckpt.pt")
+    return folder / "ckpt.pt"
+
+
+def write_archive(path, members):
+    """A zip file of stored members."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return path
+
+
+def private_bytes():
+    """Anonymous memory of this process."""
+    values = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Rss"))
+    return int(values["RssAnon"].split()[0]) * 1024

@@ -54,14 +54,6 @@ def test_sharded_equals_single(tmp_path):
     assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")], "no staging folder is left"
 
 
-def test_tokenizer_files_are_found_and_copied(tmp_path):
-    folder = write_checkpoint(tmp_path / "a")
-    (folder / "tokenizer.json").write_text("{}")
-    checkpoint = open_checkpoint(folder)
-    assert [path.name for path in checkpoint.tokenizer_files] == ["tokenizer.json"]
-    assert (save_hf(checkpoint, tmp_path / "b") / "tokenizer.json").read_text() == "{}"
-
-
 def test_save_refuses_a_folder_in_use(tmp_path):
     (tmp_path / "keep.txt").write_text("mine")
     with pytest.raises(OutputExistsError):

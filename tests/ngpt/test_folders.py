@@ -15,7 +15,7 @@ from engines.parity.reference import TorchReference, loadable_folder
 from ngpt.checkpoint import open_checkpoint, save_hf
 from ngpt.errors import CheckpointError, ConfigError, CorruptFileError, NGPTDeployError, UnexpectedTensorError, UnsafeFormatError
 from tests.doubles.torch_runner import TorchRunner
-from tests.ngpt.making import GOLDEN, golden_config, golden_tensors, write_checkpoint, write_shards
+from tests.ngpt.making import GOLDEN, golden_config, golden_tensors, tokenizer, write_checkpoint, write_shards
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 16000000000\n"
 FILES = ("config.json", "model.safetensors")
@@ -26,7 +26,7 @@ def cached(tmp_path):
     repository = tmp_path / "hub" / "models--nvidia--ngpt"
     blobs, snapshot = repository / "blobs", repository / "snapshots" / "0f3a"
     write_checkpoint(blobs)
-    (blobs / "tokenizer.json").write_text("{}")
+    (blobs / "tokenizer.json").write_text(tokenizer().to_str())
     snapshot.mkdir(parents=True)
     for name in (*FILES, "tokenizer.json"):
         (blobs / name).rename(blobs / f"{name}-hash")
@@ -40,7 +40,7 @@ def test_a_snapshot_of_the_hub_cache_is_read_also_through_a_link_to_it(tmp_path)
     for path in (snapshot, tmp_path / "model"):
         with open_checkpoint(path) as checkpoint:
             checkpoint.validate()
-            assert [file.name for file in checkpoint.tokenizer_files] == ["tokenizer.json"]
+            assert list(checkpoint.text.files) == ["tokenizer.json"]
 
 
 def test_a_snapshots_subfolder_is_read(tmp_path):

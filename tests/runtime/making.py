@@ -87,6 +87,7 @@ def manifest_dict(vocab_size: int = 23, max_length: int = 64, **changes: Any) ->
         "digests": {"weights": "sha256:00", "spec": "sha256:00", "code": "sha256:00"},
         "tools": {"numpy": "1.26"},
         "flags": {},
+        "generation": {"temperature": 0.7, "do_sample": True},
         "files": {},
         "parity": None,
         **changes,

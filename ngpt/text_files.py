@@ -1,0 +1,288 @@
+"""A checkpoint's tokenizer and generation files: which there are, whether they fit the model, and at which tokens text ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ngpt.errors import CheckpointError, ConfigError, CorruptFileError, MissingPackageError, shown
+from ngpt.files import MAX_CONFIG_BYTES, contained, exists, kind_of, not_there, read_json
+
+TOKENIZER_FILE, TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_FILES = (
+    TOKENIZER_FILE,
+    TOKENIZER_CONFIG,
+    SPECIAL_TOKENS,
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+MAX_TOKENIZER_BYTES = 256 << 20  # as the serving side reads it (engines.runtime.text)
+_SLOW_FILES = ("vocab.json", "merges.txt", "tokenizer.model")
+# What tokenizers without a configuration call the end of a text; GPT-2's published files are such.
+_USUAL_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+_SAMPLES = ("The largest planet in the solar system is", "def read(path):\n    return 1\n", "äöü 日本語 0123456789")
+# Sampling settings of generation_config.json, the types they may have, and bounds.
+_SAMPLING: dict[str, tuple[Any, float, float]] = {
+    "do_sample": (bool, 0, 1),
+    "temperature": ((int, float), 0, 1e6),
+    "top_k": (int, 0, 1 << 31),
+    "top_p": ((int, float), 0, 1),
+    "min_p": ((int, float), 0, 1),
+    "typical_p": ((int, float), 0, 1),
+    "repetition_penalty": ((int, float), 0, 1e6),
+    "no_repeat_ngram_size": (int, 0, 1 << 31),
+    "max_new_tokens": (int, 0, 1 << 31),
+    "min_new_tokens": (int, 0, 1 << 31),
+}
+
+End = int | str
+"""A token at which text ends: its id, or its text in the tokenizer."""
+
+
+class TextFiles:
+    """``files``: name in an engine's or a converted folder to the file that goes there. ``ends``: the ids at which text ends, and
+    ``sampling``: the settings that generation_config.json states. ``notes`` says in sentences what is unusual."""
+
+    def __init__(self, files: Mapping[str, Path] | None = None) -> None:
+        self.files: dict[str, Path] = dict(files or {})
+        self.notes: tuple[str, ...] = ()
+        self.sampling: dict[str, Any] = {}
+        self.ends: tuple[int, ...] = ()
+        self._ends_given = False
+        self._tokenizer: Any = None
+
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """tokenizer.json, if there is one."""
+        return self.files.get(TOKENIZER_FILE)
+
+    def tokenizer(self) -> Any:
+        """The `tokenizers.Tokenizer`, loaded once. Raises `ConfigError` where there is none, `CorruptFileError`, `MissingPackageError`."""
+        if self.tokenizer_file is None:
+            raise ConfigError(
+                "text needs a tokenizer", expected=f"{TOKENIZER_FILE} beside the weights", remedy="give one with --tokenizer"
+            )
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.tokenizer_file)
+        return self._tokenizer
+
+    def settle(self, config_ends: Sequence[int], *, ends: Sequence[End] = (), from_tokenizer: bool = False) -> None:
+        """Decide `ends` and read `sampling`.
+
+        ``ends`` that were given count alone. Otherwise they are those of generation_config.json, as in transformers' `generate`, or
+        where it does not speak of them those of the configuration; ``from_tokenizer`` allows, where there are none (a research
+        checkpoint has neither file), what the tokenizer names as the end. Raises `ConfigError`, `CorruptFileError`.
+        """
+        generation = _read_object(self.files[GENERATION_CONFIG]) if GENERATION_CONFIG in self.files else {}
+        self.sampling = _sampling(generation)
+        if ends:
+            self.ends, self._ends_given = tuple(dict.fromkeys(self._id(end) for end in ends)), True
+        elif "eos_token_id" in generation:
+            self.ends = _ids(generation["eos_token_id"], f"{GENERATION_CONFIG}: eos_token_id")
+        else:
+            self.ends = tuple(config_ends)
+            if from_tokenizer and not self.ends and self.tokenizer_file is not None:
+                self.ends, self._ends_given = self._named_by_tokenizer(), True
+        if not self.ends:
+            self.notes += ("no token is known to end a text, so answers run to their limit; name one with --eos",)
+        if self.tokenizer_file is None and (slow := [name for name in _SLOW_FILES if name in self.files]):
+            self.notes += (
+                f"there is no {TOKENIZER_FILE} ({', '.join(slow)} alone are not read): the engine takes and gives token ids; "
+                f"transformers' AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER) writes one, --tokenizer FOLDER adds it",
+            )
+
+    def check(self, vocab_size: int) -> None:
+        """Load the tokenizer, if there is one, and hold its ids against the model's table.
+
+        Raises `CorruptFileError` for files that cannot be read, `ConfigError` for ids that the model does not have.
+        """
+        for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS, "added_tokens.json"):
+            if name in self.files:
+                _read_object(self.files[name])
+        if self.tokenizer_file is None:
+            return
+        tokenizer = self.tokenizer()
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        highest = max(vocabulary.items(), key=lambda item: item[1], default=("", -1))
+        encoded = [_encode(tokenizer, text, self.tokenizer_file) for text in _SAMPLES]
+        if not vocabulary or not any(encoded):
+            raise CorruptFileError(
+                f"{self.tokenizer_file} turns text into nothing", expected="a tokenizer that knows some text",
+                found=f"{len(vocabulary)} tokens", remedy="use the tokenizer that the model was trained with",
+            )  # fmt: skip
+        most = max(highest[1], *(token for ids in encoded for token in ids))
+        if most >= vocab_size:
+            count = sum(token >= vocab_size for token in vocabulary.values())
+            raise ConfigError(
+                f"{self.tokenizer_file} has token ids that the model's embedding table lacks",
+                expected=f"ids below vocab_size ({vocab_size})",
+                found=f"{max(count, 1)} above, up to {most}" + (f" for {shown(highest[0])}" if highest[1] == most else ""),
+                remedy="use the tokenizer that the model was trained with, or resize the model's vocabulary (resize_token_embeddings)",
+            )
+
+    def copy_to(self, folder: Path) -> None:
+        """Write the files into a folder: as they are, but for a tokenizer class that only transformers 5 knows and for ends that were
+        given or found by `settle`, which generation_config.json must then state."""
+        for name, path in self.files.items():
+            value = None
+            if name == TOKENIZER_CONFIG:
+                value = for_every_transformers(_read_object(path))
+            elif name == GENERATION_CONFIG and self._ends_given:
+                value = _read_object(path) | {"eos_token_id": list(self.ends)}
+            if value is None:
+                shutil.copyfile(path, folder / name)
+            else:
+                text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+                (folder / name).write_text(text, encoding="utf-8")
+
+    @property
+    def ends_given(self) -> bool:
+        """Whether the ends come from elsewhere than the checkpoint's own configurations, which must then be told."""
+        return self._ends_given
+
+    def _id(self, end: End) -> int:
+        if isinstance(end, int) or end.lstrip("-").isdecimal():
+            return int(end)
+        found = self.tokenizer().token_to_id(end)
+        if found is None:
+            raise ConfigError(
+                "the token that ends a text",
+                expected="a token of the tokenizer, or an id",
+                found=shown(end),
+                remedy="correct --eos",
+            )
+        return int(found)
+
+    def _named_by_tokenizer(self) -> tuple[int, ...]:
+        """The id of the end token that the tokenizer's files name; of a tokenizer without configuration, its one special token."""
+        for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
+            if name not in self.files:
+                continue
+            token = _read_object(self.files[name]).get("eos_token")
+            text = token.get("content") if isinstance(token, dict) else token
+            if isinstance(text, str):
+                found = self.tokenizer().token_to_id(text)
+                if found is not None:
+                    return (int(found),)
+                self.notes += (f"{name} names {shown(text)} as the end of a text, which {TOKENIZER_FILE} does not have",)
+        special = {token.content: at for at, token in self.tokenizer().get_added_tokens_decoder().items() if token.special}
+        usual = [text for text in _USUAL_ENDS if text in special]
+        if len(usual) == 1 and len(special) == 1:
+            self.notes += (f"text ends at {usual[0]}, the tokenizer's only special token; --eos names another",)
+            return (int(special[usual[0]]),)
+        return ()
+
+
+def find_text_files(folder: Path, tokenizer: str | os.PathLike[str] | None = None) -> TextFiles:
+    """The files beside a checkpoint's weights; with ``tokenizer``, a folder or a tokenizer.json, that one's in place of the folder's.
+
+    Raises `CheckpointError` where something else stands in a file's place, or ``tokenizer`` has none.
+    """
+    files = {name: contained(folder, name) for name in (*TOKENIZER_FILES, GENERATION_CONFIG) if exists(folder, name)}
+    if tokenizer is None:
+        return TextFiles(files)
+    files = {name: path for name, path in files.items() if name == GENERATION_CONFIG}
+    return TextFiles(files | given_tokenizer(tokenizer))
+
+
+def given_tokenizer(tokenizer: str | os.PathLike[str]) -> dict[str, Path]:
+    """The tokenizer files of a folder, or a single tokenizer.json whatever it is called. Raises `CheckpointError`."""
+    path = Path(tokenizer)
+    kind = kind_of(path)
+    if kind == "nothing":
+        raise not_there(path, os.fspath(tokenizer))
+    if kind == "file":
+        return {TOKENIZER_FILE: contained(path.parent, path.name)}
+    files = {name: contained(path, name) for name in TOKENIZER_FILES if kind == "folder" and exists(path, name)}
+    if TOKENIZER_FILE not in files:
+        raise CheckpointError(
+            f"{path} holds no tokenizer", expected=TOKENIZER_FILE, found=", ".join(files) or "no tokenizer files",
+            remedy="write one with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER)",
+        )  # fmt: skip
+    return files
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The `tokenizers.Tokenizer` of a file. Raises `CorruptFileError`, `MissingPackageError`."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise MissingPackageError("reading a tokenizer needs the package tokenizers", remedy="pip install tokenizers") from error
+    if (size := path.stat().st_size) > MAX_TOKENIZER_BYTES:
+        raise CorruptFileError(f"{path} is too large", expected=f"at most {MAX_TOKENIZER_BYTES} bytes", found=str(size))
+    try:
+        tokenizer = Tokenizer.from_str(path.read_bytes().decode("utf-8"))
+    except BaseException as error:  # the library raises bare Exception, and a PanicException that is not even that
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
+        raise CorruptFileError(
+            f"{path} is no tokenizer", expected="a tokenizer.json of the tokenizers library", found=str(error)[:200],
+            remedy="copy or download the file again",
+        ) from error  # fmt: skip
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _encode(tokenizer: Any, text: str, path: Path) -> list[int]:
+    try:
+        return list(tokenizer.encode(text).ids)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
+        raise CorruptFileError(
+            f"{path} cannot encode {shown(text)}",
+            found=str(error)[:200],
+            remedy="use the tokenizer that the model was trained with",
+        ) from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    value = read_json(path, limit=MAX_CONFIG_BYTES)
+    if not isinstance(value, dict):
+        raise CorruptFileError(f"{path}", expected="a JSON object", found=type(value).__name__)
+    return value
+
+
+def _ids(value: Any, where: str) -> tuple[int, ...]:
+    """Token ids as transformers takes them: one, a list, or none; a negative one never comes and is left out."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
+        raise ConfigError(where, expected="a token id, a list of them, or null", found=shown(value))
+    return tuple(dict.fromkeys(token for token in ids if token >= 0))
+
+
+def _sampling(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are stated. Raises `ConfigError` for a wrong type or an impossible value."""
+    found = {}
+    for key, (kind, low, high) in _SAMPLING.items():
+        value: Any = generation.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool) or not low <= value <= high:
+            wanted = "true or false" if kind is bool else f"a number from {low:g} to {high:g}"
+            raise ConfigError(f"{GENERATION_CONFIG}: {key}", expected=wanted, found=shown(value), remedy="correct the file")
+        found[key] = value
+    return found
+
+
+def for_every_transformers(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The configuration under names that transformers 4 knows as well, or None if it needs no change.
+
+    transformers 5 writes the class TokenizersBackend and a list of extra_special_tokens; 4.57, which TensorRT-LLM pins, refuses both.
+    Both versions read what is written here.
+    """
+    changed = dict(config)
+    if changed.get("tokenizer_class") == "TokenizersBackend":
+        changed["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(changed.get("extra_special_tokens"), list) and "additional_special_tokens" not in changed:
+        changed["additional_special_tokens"] = changed.pop("extra_special_tokens")
+    return changed if changed != config else None
