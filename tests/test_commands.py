@@ -296,6 +296,14 @@ def test_a_signal_cleans_up(name, number, code, tiny_engine_folder, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ending_imports_nothing_for_an_import_may_be_what_was_stopped():
+    code = "import sys, scripts.terminal as t; before = set(sys.modules); t.fail('x', KeyboardInterrupt()); t.fail('x', OSError(5, 'no'))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; print(set(sys.modules) - before)"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout == "set()\n" and done.stderr.count("\n") == 2
+
+
 def test_a_second_request_does_not_interrupt_the_cleaning(tiny_engine_folder, tmp_path, monkeypatch):
     from scripts.terminal import Terminated, prepared
 
