@@ -51,9 +51,11 @@ def without(absent, *args, **options):
     return told["code"], done.stdout, "\n".join(err), told["asked"]
 
 
-def command(*args, **options):
+def command(*args, env=None, **options):
     words = [sys.executable, "-m", "scripts.cli", *map(str, args)]
-    return subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)
+    # With buffers, as users have them: what is left in one is written when Python ends.
+    env = {name: value for name, value in (env or os.environ).items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=env, **options)
 
 
 @pytest.mark.parametrize(
