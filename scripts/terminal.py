@@ -57,10 +57,8 @@ def stopped(command: str, number: int) -> int:
 
 def fail(command: str, error: BaseException) -> int:
     """Say in one line what went wrong and what to do; returns the exit code. Notes of the error (a server's log) follow it."""
-    from engines.runtime.errors import ServingError
-
     code = 2
-    if isinstance(error, errors.NGPTDeployError | ServingError):
+    if isinstance(error, errors.NGPTDeployError) or _is_serving_error(error):
         text, code = str(error), 3 if isinstance(error, errors.ParityFailedError) else 2
     elif isinstance(error, BrokenPipeError):
         text = "nobody reads the output any more. Read it to its end, or write it to a file"
@@ -79,6 +77,12 @@ def fail(command: str, error: BaseException) -> int:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             print(f"  {plain(line, 300)}", file=sys.stderr)
     return code
+
+
+def _is_serving_error(error: BaseException) -> bool:
+    """Nothing is imported to tell: a signal may have stopped an import halfway, and who raised one has its module loaded."""
+    loaded = sys.modules.get("engines.runtime.errors")
+    return loaded is not None and isinstance(error, loaded.ServingError)
 
 
 def finish_output() -> None:

@@ -1,4 +1,4 @@
-"""What every command has in common: it is light, it ends in one line, it cleans up."""
+"""What every command has in common: it is light, it ends in one line, and it cleans up."""
 
 import json
 import os
@@ -51,9 +51,11 @@ def without(absent, *args, **options):
     return told["code"], done.stdout, "\n".join(err), told["asked"]
 
 
-def command(*args, **options):
+def command(*args, env=None, **options):
     words = [sys.executable, "-m", "scripts.cli", *map(str, args)]
-    return subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)
+    # With buffers, as users have them: what is left in one is written when Python ends.
+    env = {name: value for name, value in (env or os.environ).items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=env, **options)
 
 
 @pytest.mark.parametrize(
@@ -294,6 +296,14 @@ def test_a_signal_cleans_up(name, number, code, tiny_engine_folder, tmp_path):
     _, err = process.communicate(timeout=30)
     assert process.returncode == code and err == f"ngpt-deploy {name}: stopped by {signal.Signals(number).name}\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ending_imports_nothing_for_an_import_may_be_what_was_stopped():
+    code = "import sys, scripts.terminal as t; before = set(sys.modules); t.fail('x', KeyboardInterrupt()); t.fail('x', OSError(5, 'no'))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; print(set(sys.modules) - before)"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout == "set()\n" and done.stderr.count("\n") == 2
 
 
 def test_a_second_request_does_not_interrupt_the_cleaning(tiny_engine_folder, tmp_path, monkeypatch):
