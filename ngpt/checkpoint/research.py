@@ -15,7 +15,7 @@ import torch
 
 from ngpt.checkpoint.safetensors_file import TensorInfo
 from ngpt.checkpoint.torch_file import load_torch_file
-from ngpt.checks import is_finite, is_whole
+from ngpt.checks import is_finite, is_whole, whole
 from ngpt.errors import (
     CheckpointError,
     ConfigError,
@@ -85,7 +85,7 @@ class ResearchSource:
 
 def research_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """`model_args` to a Hugging Face config dict. Raises `ConfigError` for a baseline (not nGPT) checkpoint."""
-    arguments = {key: _whole(value) for key, value in arguments.items() if key in _ARGS or value is not None}
+    arguments = {key: whole(value) for key, value in arguments.items() if key in _ARGS or value is not None}
     unknown = sorted(shown(key) for key in arguments if key not in _ARGS)
     if unknown:
         raise ConfigError(f"model_args has an unknown key {unknown[0]}", expected=", ".join(sorted(_ARGS)))
@@ -145,10 +145,6 @@ def research_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
         "gated_mlp": True,
         "mlp_norm_eps": 0.0,
     }
-
-
-def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _plain_names(state: Mapping[Any, Any]) -> dict[str, torch.Tensor]:

@@ -89,8 +89,9 @@ class _NumberStandIn(_StandIn):
 
     def __new__(cls, dtype: object = None, raw: object = None, *_: object) -> Any:
         form = _NUMBERS.get(dtype.code) if isinstance(dtype, _DtypeStandIn) and isinstance(dtype.code, str) else None
-        fits = form is not None and isinstance(raw, bytes) and len(raw) == struct.calcsize(form)
-        return struct.unpack(form, raw)[0] if fits else super().__new__(cls)
+        if form is not None and isinstance(raw, bytes) and len(raw) == struct.calcsize(form):
+            return struct.unpack(form, raw)[0]
+        return super().__new__(cls)
 
 
 _NUMBERS = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i", "i2": "<h", "i1": "<b", "b1": "<?"}
