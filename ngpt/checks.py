@@ -22,3 +22,8 @@ def is_finite(value: object) -> TypeGuard[int | float]:
 def is_one(value: object) -> bool:
     """Whether it is the number 1; true is none."""
     return is_finite(value) and value == 1
+
+
+def whole(value: object) -> object:
+    """128.0, as some tools write a whole number, as 128; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value

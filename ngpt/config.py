@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 POSITION_CODES = ("rope", "research")
 _WHOLE = (int, int | None, int | list[int] | None)
+_DTYPES = ("float64", "float32", "float16", "bfloat16")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
@@ -52,7 +53,7 @@ class NGPTConfig(PreTrainedConfig):
     head_dim: int | None = 128
     hidden_act: str = "relu2"
     max_position_embeddings: int = 8192
-    initializer_range: float = 0.014
+    initializer_range: int | float = 0.014
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = 1
@@ -76,7 +77,7 @@ class NGPTConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "NGPTConfig":
         """As transformers' own, from what other tools write too: 128.0 for 128, -1 for no token, an older name of a rope type."""
-        plain = {key: _plain(key, value) for key, value in config_dict.items()}
+        plain = {key: _plain(key, value) for key, value in config_dict.items() if key != "use_return_dict"}
         if plain.get("use_sliding_window") is False:
             plain.pop("sliding_window", None)  # transformers' caches would read it all the same
         return super().from_dict(plain, **kwargs)
@@ -123,9 +124,16 @@ def _plain(key: str, value: Any) -> Any:
         value = [_whole(each) for each in value] if isinstance(value, list) else _whole(value)
     if key in ("bos_token_id", "eos_token_id", "pad_token_id") and value == -1:
         return None
+    if key in ("dtype", "torch_dtype") and isinstance(value, str):
+        value = value.removeprefix("torch.")
+        return value if value in _DTYPES else None  # "auto": that of the weights
     if key not in ("rope_scaling", "rope_parameters") or not isinstance(value, dict):
         return value
-    kept = {name: each for name, each in value.items() if name != "finetuned" and (name != "attn_factor" or each != 1)}
+    kept = {
+        name: each
+        for name, each in value.items()
+        if each is not None and name != "finetuned" and (name not in ("attn_factor", "extrapolation_factor") or each != 1)
+    }
     return kept | {name: "longrope" for name in ("type", "rope_type") if kept.get(name) == "su"}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ngpt.checks import is_one
+from ngpt.checks import is_one, whole
 from ngpt.errors import ConfigError, shown
 from ngpt.rope import tidy_rope
 
@@ -53,8 +53,7 @@ BOOKKEEPING_KEYS = frozenset(
     {
         "model_type", "architectures", "auto_map", "_name_or_path", "_commit_hash",
         "transformers_version", "torch_dtype", "dtype", "use_bfloat16", "torchscript",
-        "return_dict", "output_hidden_states", "output_attentions", "attn_implementation",
-        "_attn_implementation", "_attn_implementation_autoset", "experts_implementation",
+        "return_dict", "output_hidden_states", "output_attentions",
         "is_encoder_decoder", "is_decoder", "add_cross_attention", "cross_attention_hidden_size",
         "tie_encoder_decoder", "tokenizer_class", "prefix", "finetuning_task",
         "task_specific_params", "problem_type", "id2label", "label2id", "num_labels",
@@ -64,10 +63,12 @@ BOOKKEEPING_KEYS = frozenset(
         "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
         "num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id",
         "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty",
-        "suppress_tokens", "begin_suppress_tokens", "tf_legacy_loss", "use_return_dict",
+        "suppress_tokens", "begin_suppress_tokens", "tf_legacy_loss",
     }
 )  # fmt: skip
 
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
 TOKEN_KEYS = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
 WHOLE_KEYS = TOKEN_KEYS | {
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -78,7 +79,8 @@ WHOLE_KEYS = TOKEN_KEYS | {
 FOREIGN_KEYS = frozenset(
     {
         "unsloth_fixed", "unsloth_version", "transformers.js_config", "keys_to_ignore_at_inference", "pretraining_tp",
-        "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", "layernorm_epsilon",
+        "attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "experts_implementation",
+        "use_return_dict", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", "layernorm_epsilon",
         "_attn_implementation_internal", "_experts_implementation_internal", "_flash_attn_2_enabled", "use_flash_attn",
         "_use_flash_attention_2", "attention_implementation", "use_flash_attention", "use_sdpa", "gradient_checkpointing",
         "_gradient_checkpointing", "hidden_dropout", "hidden_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop",
@@ -138,11 +140,19 @@ def tidy(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
                 ignored.append(key)
     for key in WHOLE_KEYS & set(kept):
         value = kept[key]
-        kept[key] = [_whole(each) for each in value] if isinstance(value, list | tuple) else _whole(value)
+        kept[key] = [whole(each) for each in value] if isinstance(value, list | tuple) else whole(value)
     for key in TOKEN_KEYS & set(kept):
         if kept[key] == -1:
             kept[key] = None
             notes.append(f"{key} -1 means that there is none")
+    for key in _DTYPE_KEYS:
+        if kept.get(key) is None:
+            continue
+        name = str(kept.pop(key)).removeprefix("torch.")  # the weights have dtypes of their own; "auto" means those
+        if name in _DTYPES:
+            kept[key] = name
+        else:
+            ignored.append(key)
     for block in ("rope_scaling", "rope_parameters"):
         if isinstance(kept.get(block), Mapping):
             kept[block], foreign = tidy_rope(kept[block])
@@ -167,7 +177,3 @@ def _check_foreign(key: str, value: Any, config: Mapping[str, Any]) -> None:
         found=f"{shown(key)}: {shown(value)}",
         remedy="remove the key if it has no effect; if it has, this network is not the nGPT known here",
     )
-
-
-def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -67,7 +67,9 @@ def contained(folder: Path, name: str) -> Path:
             remedy="put the file itself there if you trust where this checkpoint comes from",
         )
     if kind_of(real) != "file":
-        raise CorruptFileError(f"{path}", expected="a regular file", found=kind_of(real))
+        raise CorruptFileError(
+            f"{path}", expected="a regular file", found=kind_of(real), remedy="remove it, or put the file itself there"
+        )
     check_content(path)
     return path
 
@@ -98,7 +100,9 @@ def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> Any:
     Raises `CheckpointError`, `CorruptFileError` above all; pipes and devices are not waited for.
     """
     if (kind := kind_of(path)) != "file":
-        raise CorruptFileError(f"cannot read {path}", expected="a regular file", found=kind)
+        raise CorruptFileError(
+            f"cannot read {path}", expected="a regular file", found=kind, remedy="remove it, or put the file itself there"
+        )
     check_content(path)
     try:
         size = path.stat().st_size
@@ -116,7 +120,9 @@ def parse_json(data: bytes, where: str) -> Any:
         seen: dict[str, Any] = {}
         for key, value in items:
             if key in seen:
-                raise UnexpectedTensorError(f"{where} holds the key {shown(key)} twice", expected="each key once")
+                raise UnexpectedTensorError(
+                    f"{where} holds the key {shown(key)} twice", expected="each key once", remedy="remove the one that is wrong"
+                )
             seen[key] = value
         return seen
 
@@ -131,7 +137,9 @@ def parse_json(data: bytes, where: str) -> Any:
     try:
         return json.loads(data.decode("utf-8-sig"), object_pairs_hook=pairs, parse_constant=constant, parse_float=number)
     except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{where} is not valid JSON", found=str(error)[:200]) from error
+        raise CorruptFileError(
+            f"{where} is not valid JSON", found=str(error)[:200], remedy="correct it, or copy or download the file again"
+        ) from error
 
 
 def not_there(path: Path, given: str) -> CheckpointError:

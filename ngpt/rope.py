@@ -95,10 +95,11 @@ def rope_from_config(config: Mapping[str, Any], *, head_dim: int, max_length: in
 def tidy_rope(block: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """(a rope block with today's names and without what says nothing, the keys that were left out).
 
-    Left out: ``finetuned``, a remark about training; ``attn_factor`` 1, another factor on cos and sin (any other value stays, to be
-    refused by name); ``factor`` 1 and the original length of type default.
+    Left out: ``finetuned``, a remark about training; ``attn_factor`` and ``extrapolation_factor`` of 1, other factors of YaRN's first
+    code (any other value stays, to be refused by name); ``factor`` 1 and the original length of type default; and, not worth a word,
+    what is null.
     """
-    kept = dict(block)
+    kept = {key: value for key, value in block.items() if value is not None}
     for key in ("type", "rope_type"):
         if isinstance(kept.get(key), str):
             kept[key] = _OLDER_NAMES.get(kept[key], kept[key])
@@ -107,7 +108,7 @@ def tidy_rope(block: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]
         key
         for key, value in kept.items()
         if key == "finetuned"
-        or (key == "attn_factor" and is_one(value))
+        or (key in ("attn_factor", "extrapolation_factor") and is_one(value))
         or (plain and ((key == "factor" and is_one(value)) or key == _ORIGINAL_LENGTH))
     ]
     return {key: value for key, value in kept.items() if key not in foreign}, tuple(foreign)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ngpt.checks import is_whole, whole
 from ngpt.errors import CheckpointError, ConfigError, CorruptFileError, MissingPackageError, shown
 from ngpt.files import MAX_CONFIG_BYTES, contained, exists, kind_of, not_there, read_json
 
@@ -25,6 +27,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 MAX_TOKENIZER_BYTES = 256 << 20  # as the serving side reads it (engines.runtime.text)
+_SIDE_FILES = (TOKENIZER_CONFIG, SPECIAL_TOKENS, "added_tokens.json")
+_NUMBER = re.compile(r"-?[0-9]{1,20}")
 _SLOW_FILES = ("vocab.json", "merges.txt", "tokenizer.model")
 # What tokenizers without a configuration call the end of a text; GPT-2's published files are such.
 _USUAL_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
@@ -74,23 +78,35 @@ class TextFiles:
             self._tokenizer = load_tokenizer(self.tokenizer_file)
         return self._tokenizer
 
-    def settle(self, config_ends: Sequence[int], *, ends: Sequence[End] = (), from_tokenizer: bool = False) -> None:
+    def settle(
+        self, config_ends: Sequence[int], vocab_size: int, *, ends: Sequence[End] = (), from_tokenizer: bool = False
+    ) -> None:
         """Decide `ends` and read `sampling`.
 
         ``ends`` that were given count alone. Otherwise they are those of generation_config.json, as in transformers' `generate`, or
         where it does not speak of them those of the configuration; ``from_tokenizer`` allows, where there are none (a research
-        checkpoint has neither file), what the tokenizer names as the end. Raises `ConfigError`, `CorruptFileError`.
+        checkpoint has neither file), what the tokenizer names as the end. Raises `ConfigError`, for ids that a model with so large
+        a vocabulary does not have as well, `CorruptFileError`.
         """
+        where = "config.json"
         generation = _read_object(self.files[GENERATION_CONFIG]) if GENERATION_CONFIG in self.files else {}
         self.sampling = _sampling(generation)
         if ends:
-            self.ends, self._ends_given = tuple(dict.fromkeys(self._id(end) for end in ends)), True
+            self.ends, self._ends_given, where = tuple(dict.fromkeys(self._id(end) for end in ends)), True, "--eos"
         elif "eos_token_id" in generation:
-            self.ends = _ids(generation["eos_token_id"], f"{GENERATION_CONFIG}: eos_token_id")
+            where = GENERATION_CONFIG
+            self.ends = _ids(generation["eos_token_id"], f"{where}: eos_token_id")
         else:
             self.ends = tuple(config_ends)
             if from_tokenizer and not self.ends and self.tokenizer_file is not None:
-                self.ends, self._ends_given = self._named_by_tokenizer(), True
+                self.ends, self._ends_given, where = self._named_by_tokenizer(), True, "the tokenizer"
+        for end in self.ends:
+            if not 0 <= end < vocab_size:
+                raise ConfigError(
+                    f"{where}: eos_token_id" if where == GENERATION_CONFIG else f"the token that ends a text, from {where}", expected=f"an id from 0 to {vocab_size - 1}, as the model has",
+                    found=shown(end), remedy="give the tokenizer that the model was trained with (--tokenizer)"
+                    if where == "the tokenizer" else f"correct {where}",
+                )  # fmt: skip
         if not self.ends:
             self.notes += ("no token is known to end a text, so answers run to their limit; name one with --eos",)
         if self.tokenizer_file is None and (slow := [name for name in _SLOW_FILES if name in self.files]):
@@ -104,9 +120,10 @@ class TextFiles:
 
         Raises `CorruptFileError` for files that cannot be read, `ConfigError` for ids that the model does not have.
         """
-        for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS, "added_tokens.json"):
-            if name in self.files:
-                _read_object(self.files[name])
+        side = {name: _read_object(self.files[name]) for name in _SIDE_FILES if name in self.files}
+        for name, token in _added_tokens(side):
+            if token >= vocab_size:
+                raise _beyond(self.files[name], vocab_size, token)
         if self.tokenizer_file is None:
             return
         tokenizer = self.tokenizer()
@@ -121,12 +138,8 @@ class TextFiles:
         most = max(highest[1], *(token for ids in encoded for token in ids))
         if most >= vocab_size:
             count = sum(token >= vocab_size for token in vocabulary.values())
-            raise ConfigError(
-                f"{self.tokenizer_file} has token ids that the model's embedding table lacks",
-                expected=f"ids below vocab_size ({vocab_size})",
-                found=f"{max(count, 1)} above, up to {most}" + (f" for {shown(highest[0])}" if highest[1] == most else ""),
-                remedy="use the tokenizer that the model was trained with, or resize the model's vocabulary (resize_token_embeddings)",
-            )
+            raise _beyond(self.tokenizer_file, vocab_size, most, max(count, 1), highest[0] if highest[1] == most else None)
+        _check_added(self.tokenizer_file, tokenizer, vocab_size)
 
     def copy_to(self, folder: Path) -> None:
         """Write the files into a folder: as they are, but for a tokenizer class that only transformers 5 knows and for ends that were
@@ -139,6 +152,7 @@ class TextFiles:
                 value = _read_object(path) | {"eos_token_id": list(self.ends)}
             if value is None:
                 shutil.copyfile(path, folder / name)
+                _strip_mark(folder / name)
             else:
                 text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
                 (folder / name).write_text(text, encoding="utf-8")
@@ -149,7 +163,7 @@ class TextFiles:
         return self._ends_given
 
     def _id(self, end: End) -> int:
-        if isinstance(end, int) or end.lstrip("-").isdecimal():
+        if isinstance(end, int) or _NUMBER.fullmatch(end):
             return int(end)
         found = self.tokenizer().token_to_id(end)
         if found is None:
@@ -219,7 +233,7 @@ def load_tokenizer(path: Path) -> Any:
     if (size := path.stat().st_size) > MAX_TOKENIZER_BYTES:
         raise CorruptFileError(f"{path} is too large", expected=f"at most {MAX_TOKENIZER_BYTES} bytes", found=str(size))
     try:
-        tokenizer = Tokenizer.from_str(path.read_bytes().decode("utf-8"))
+        tokenizer = Tokenizer.from_str(path.read_bytes().decode("utf-8-sig"))
     except BaseException as error:  # the library raises bare Exception, and a PanicException that is not even that
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
@@ -248,15 +262,58 @@ def _encode(tokenizer: Any, text: str, path: Path) -> list[int]:
 def _read_object(path: Path) -> dict[str, Any]:
     value = read_json(path, limit=MAX_CONFIG_BYTES)
     if not isinstance(value, dict):
-        raise CorruptFileError(f"{path}", expected="a JSON object", found=type(value).__name__)
+        raise CorruptFileError(
+            f"{path}", expected="a JSON object", found=type(value).__name__, remedy="copy or download the file again"
+        )
     return value
+
+
+def _beyond(path: Path, vocab_size: int, most: int, count: int = 1, text: str | None = None) -> ConfigError:
+    return ConfigError(
+        f"{path} has token ids that the model's embedding table lacks",
+        expected=f"ids below vocab_size ({vocab_size})",
+        found=f"{count} above, up to {most}" + (f" for {shown(text)}" if text is not None else ""),
+        remedy="use the tokenizer that the model was trained with, or resize the model's vocabulary (resize_token_embeddings)",
+    )
+
+
+def _added_tokens(side: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, int]]:
+    """(file, id) of what transformers' own files add to the vocabulary; entries that transformers refuses are left to it."""
+    for token in side.get("added_tokens.json", {}).values():
+        if is_whole(token):
+            yield "added_tokens.json", token
+    decoder = side.get(TOKENIZER_CONFIG, {}).get("added_tokens_decoder")
+    for key in decoder if isinstance(decoder, dict) else ():
+        if key.isascii() and key.isdecimal() and len(key) < 20:
+            yield TOKENIZER_CONFIG, int(key)
+
+
+def _check_added(path: Path, tokenizer: Any, vocab_size: int) -> None:
+    """The library gives an added token the next free id, whatever the file says: text would be other tokens than in training."""
+    for entry in json.loads(path.read_bytes().decode("utf-8-sig")).get("added_tokens") or ():
+        given = tokenizer.token_to_id(entry["content"])
+        if entry["id"] >= vocab_size:
+            raise _beyond(path, vocab_size, entry["id"], text=entry["content"])
+        if given != entry["id"]:
+            raise CorruptFileError(
+                f"{path}: the added token {shown(entry['content'])}", expected=f"the id {given}, the next free one",
+                found=f"{entry['id']}", remedy="use the tokenizer that the model was trained with",
+            )  # fmt: skip
+
+
+def _strip_mark(path: Path) -> None:
+    """A byte-order mark is passed over here, but neither transformers nor the tokenizers library reads JSON with one."""
+    with path.open("rb") as file:
+        marked = file.read(3) == b"\xef\xbb\xbf"
+    if marked:
+        path.write_bytes(path.read_bytes()[3:])
 
 
 def _ids(value: Any, where: str) -> tuple[int, ...]:
     """Token ids as transformers takes them: one, a list, or none; a negative one never comes and is left out."""
-    ids = value if isinstance(value, list) else [] if value is None else [value]
+    ids: list[Any] = [whole(each) for each in (value if isinstance(value, list) else [] if value is None else [value])]
     if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
-        raise ConfigError(where, expected="a token id, a list of them, or null", found=shown(value))
+        raise ConfigError(where, expected="a token id, a list of them, or null", found=shown(value), remedy="correct the file")
     return tuple(dict.fromkeys(token for token in ids if token >= 0))
 
 
@@ -264,7 +321,7 @@ def _sampling(generation: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that are stated. Raises `ConfigError` for a wrong type or an impossible value."""
     found = {}
     for key, (kind, low, high) in _SAMPLING.items():
-        value: Any = generation.get(key)
+        value: Any = whole(generation.get(key)) if kind is int else generation.get(key)
         if value is None:
             continue
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool) or not low <= value <= high:

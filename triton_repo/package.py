@@ -183,7 +183,7 @@ def _text_files(engine: Path, manifest: Manifest, tokenizer: str | os.PathLike[s
     else:
         given = given_tokenizer(tokenizer)
         text = TextFiles({name: path for name, path in given.items() if name in TOKENIZER_FILES})
-    text.settle(manifest.model.eos_token_ids, ends=eos, from_tokenizer=tokenizer is not None)
+    text.settle(manifest.model.eos_token_ids, manifest.model.vocab_size, ends=eos, from_tokenizer=tokenizer is not None)
     text.check(manifest.model.vocab_size)
     if text.tokenizer_file is None:
         text.notes += ("there is no tokenizer, so the repository takes and gives token ids alone; --tokenizer adds one",)

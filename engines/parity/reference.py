@@ -57,7 +57,9 @@ class TorchReference:
         dtype = DTYPES[precision]
         self.precision = precision
         with _quiet_loading():
-            self.model: Any = NGPTForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+            # A configuration may ask for tuples, which are not what is compared here.
+            kinds = {"dtype": dtype, "attn_implementation": attention, "return_dict": True}
+            self.model: Any = NGPTForCausalLM.from_pretrained(folder, **kinds)
         self.model.eval()
         if dtype == torch.float64:
             self.model.double()  # transformers keeps some vectors in float32; widening them is exact

@@ -103,7 +103,7 @@ def _open(path: Path, given: str, options: Options) -> Checkpoint:
 def _open_research(path: Path, options: Options) -> Checkpoint:
     source = ResearchSource(path)
     text = find_text_files(path.parent, options.tokenizer)
-    text.settle((), ends=options.eos, from_tokenizer=True)
+    text.settle((), source.config["vocab_size"], ends=options.eos, from_tokenizer=True)
     return Checkpoint(path, source.config, source, text=text, off_sphere=options.off_sphere)
 
 
@@ -116,7 +116,7 @@ def _open_folder(path: Path, options: Options) -> Checkpoint:
     source = FolderSource(path)
     try:
         text = find_text_files(path, options.tokenizer)
-        text.settle(spec.eos_token_ids, ends=options.eos)
+        text.settle(spec.eos_token_ids, spec.vocab_size, ends=options.eos)
         return Checkpoint(path, config, source, text=text, off_sphere=options.off_sphere)
     except BaseException:
         source.close()

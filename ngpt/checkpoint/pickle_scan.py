@@ -49,11 +49,15 @@ _BLOCKED = frozenset({"sys", "os", "posix", "nt"})
 
 @dataclass
 class StandIns:
-    """Full names of the classes and constructors that need a stand-in, and of those that are filled like a dict or a list."""
+    """Full names of the classes and constructors that need a stand-in, and of those that are filled like a dict or a list.
+
+    Of some an instance takes a state: `attributes` where it is like a dict (EasyDict and its kin have both), `stateful` any other.
+    """
 
     plain: set[str] = field(default_factory=set)
     mappings: set[str] = field(default_factory=set)
     sequences: set[str] = field(default_factory=set)
+    attributes: set[str] = field(default_factory=set)
     stateful: set[str] = field(default_factory=set)
 
 
@@ -104,10 +108,11 @@ def scan_pickle(data: bytes, members: Mapping[str, int], where: str) -> StandIns
         raise
     except (ValueError, TypeError, IndexError, KeyError, OverflowError, RecursionError, MemoryError) as error:
         raise _corrupt(where, f"{type(error).__name__}: {error}") from error
-    clash = (machine.found.mappings | machine.found.sequences) & machine.found.stateful
-    if clash or machine.found.mappings & machine.found.sequences:
-        raise _refused(where, min(clash or machine.found.mappings), "filled like a container and built like an object")
-    return machine.found
+    found = machine.found
+    clash = (found.mappings | found.sequences) & found.stateful | found.sequences & (found.attributes | found.mappings)
+    if clash:
+        raise _refused(where, min(clash), "filled like a container and built like an object")
+    return found
 
 
 class _Machine:
@@ -236,7 +241,8 @@ class _Machine:
     def build(self, state: Any, target: Any) -> None:
         """An object's state. OrderedDicts have one, too: a module's state_dict keeps its versions there."""
         if isinstance(target, _Object):
-            self.found.stateful.add(target.path)
+            itself = isinstance(state, _Object) and state.path == target.path
+            (self.found.attributes if itself or isinstance(state, _Dict) else self.found.stateful).add(target.path)
         elif not (isinstance(target, _Dict) and isinstance(state, _Dict)):
             raise _corrupt(self.where, f"a state for {_shown(target)}")
 

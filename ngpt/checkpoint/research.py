@@ -15,7 +15,7 @@ import torch
 
 from ngpt.checkpoint.safetensors_file import TensorInfo
 from ngpt.checkpoint.torch_file import load_torch_file
-from ngpt.checks import is_finite, is_whole
+from ngpt.checks import is_finite, is_whole, whole
 from ngpt.errors import (
     CheckpointError,
     ConfigError,
@@ -28,8 +28,9 @@ from ngpt.errors import (
 from ngpt.spec import NGPTSpec
 
 RESEARCH_FILE = "ckpt.pt"
-WRAPPERS = frozenset({"_orig_mod", "module"})  # what torch.compile and DistributedDataParallel put into names
-_ARGS = frozenset({"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout", "use_nGPT"})
+# What torch.compile, DistributedDataParallel, FSDP and activation checkpointing put into names.
+WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_ARGS = frozenset({"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout", "use_nGPT", "base_scale"})
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 Move = tuple[str, Callable[[torch.Tensor], torch.Tensor]]
@@ -48,7 +49,7 @@ class ResearchSource:
             raise CheckpointError(
                 f"{path} is not a research checkpoint",
                 expected="a dict with 'model' and 'model_args'",
-                found=", ".join(sorted(map(shown, stored))[:8]) or "an empty dict",
+                found=", ".join(f"{shown(key)}: {type(stored[key]).__name__}" for key in list(stored)[:8]) or "an empty dict",
             )
         self.config = research_config(arguments)
         NGPTSpec.from_config(self.config)  # bounds the sizes that the table of names is made from
@@ -84,10 +85,11 @@ class ResearchSource:
 
 def research_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """`model_args` to a Hugging Face config dict. Raises `ConfigError` for a baseline (not nGPT) checkpoint."""
-    unknown = sorted(shown(key) for key in arguments if key not in _ARGS and key != "base_scale")
+    arguments = {key: whole(value) for key, value in arguments.items() if key in _ARGS or value is not None}
+    unknown = sorted(shown(key) for key in arguments if key not in _ARGS)
     if unknown:
         raise ConfigError(f"model_args has an unknown key {unknown[0]}", expected=", ".join(sorted(_ARGS)))
-    missing = sorted((_ARGS | {"base_scale"}) - {"dropout", "bias"} - set(arguments))
+    missing = sorted(_ARGS - {"dropout", "bias"} - set(arguments))
     if missing:
         raise ConfigError(f"model_args lacks {missing[0]!r}")
     for key in ("use_nGPT", "bias"):

@@ -44,7 +44,8 @@ def save_hf(
 
 
 def _write(checkpoint: Checkpoint, folder: Path, limit: int, progress: Progress | None) -> None:
-    text = json.dumps(checkpoint.config, indent=2, sort_keys=True, allow_nan=False)
+    config = {key: value for key, value in checkpoint.config.items() if key != "auto_map"}  # the code it names is not copied
+    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     checkpoint.text.copy_to(folder)
     shards = _shards(checkpoint, limit)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -68,7 +69,7 @@ class _StandIn:
 
 class _DictStandIn(_StandIn):
     def __new__(cls, *_: object, **__: object) -> Any:
-        return {}
+        return OrderedDict()  # the one dict that torch lets have a state
 
 
 class _ListStandIn(_StandIn):
@@ -76,11 +77,35 @@ class _ListStandIn(_StandIn):
         return []
 
 
+class _DtypeStandIn(_StandIn):
+    """NumPy's dtype, of which the code is kept: "f8"."""
+
+    def __init__(self, code: object = None, *_: object) -> None:
+        self.code = code
+
+
+class _NumberStandIn(_StandIn):
+    """A number of NumPy's, as Python's own: trainings compute sizes and scales with NumPy, too."""
+
+    def __new__(cls, dtype: object = None, raw: object = None, *_: object) -> Any:
+        form = _NUMBERS.get(dtype.code) if isinstance(dtype, _DtypeStandIn) and isinstance(dtype.code, str) else None
+        if form is not None and isinstance(raw, bytes) and len(raw) == struct.calcsize(form):
+            return struct.unpack(form, raw)[0]
+        return super().__new__(cls)
+
+
+_NUMBERS = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i", "i2": "<h", "i1": "<b", "b1": "<?"}
+_NUMBERS |= {f"u{form[-1]}": _NUMBERS[form].upper() for form in ("i8", "i4", "i2", "i1")}
+_KEPT = {"numpy.dtype": _DtypeStandIn} | {f"numpy.{core}.multiarray.scalar": _NumberStandIn for core in ("core", "_core")}
+
+
 def _stand_ins(found: StandIns) -> list[Any]:
     """(class, full name) for `torch.serialization.safe_globals`, each class named as what it stands for."""
 
     def kind(name: str) -> type:
-        return _DictStandIn if name in found.mappings else _ListStandIn if name in found.sequences else _StandIn
+        if name in found.mappings:
+            return _DictStandIn
+        return _ListStandIn if name in found.sequences else _KEPT.get(name, _StandIn)
 
     return [(type(name, (kind(name),), {}), name) for name in sorted(found.plain)]
 

@@ -341,6 +341,29 @@ def test_a_converted_folder_is_one_that_every_reader_takes(tmp_path):
     AutoModelForCausalLM.from_pretrained(folder)
 
 
+HABITS = {
+    "a dtype of no torch's": {"torch_dtype": "auto"},
+    "a dtype as Python shows it": {"dtype": "torch.bfloat16"},
+    "a whole number for a fraction": {"initializer_range": 1},
+    "no rope type": {"rope_scaling": {"rope_type": None, "factor": None}},
+    "no theta in the block": {"rope_parameters": {"rope_theta": None}},
+    "tuples": {"return_dict": False, "use_return_dict": False},
+    "code elsewhere": {"auto_map": {"AutoConfig": "other.Config", "AutoModelForCausalLM": "other.Model"}},
+}
+
+
+@pytest.mark.parametrize("case", HABITS)
+def test_what_is_read_can_be_loaded_converted_and_compared(case, tmp_path):
+    folder = write_checkpoint(tmp_path / "habit", **HABITS[case])
+    AutoModelForCausalLM.from_pretrained(folder)
+    report = verify(TorchRunner(GOLDEN / "gqa"), folder, decode_steps=1)
+    assert report.verdict == "pass" or "initializer_range" in HABITS[case], report.failures
+    with open_checkpoint(folder) as checkpoint:
+        AutoModelForCausalLM.from_pretrained(save_hf(checkpoint, tmp_path / "out"))
+        saved = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert "auto_map" not in saved and saved.get("dtype") in (None, "bfloat16")
+
+
 def test_the_notes_are_logged_one_line_each(tmp_path, caplog):
     with open_checkpoint(wild(tmp_path)) as checkpoint:
         checkpoint.report_notes()

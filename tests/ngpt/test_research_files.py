@@ -4,6 +4,7 @@ import argparse
 import collections
 import dataclasses
 import datetime
+import json
 import pathlib
 import random
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from ngpt.checkpoint import open_checkpoint, save_hf
+from ngpt.errors import CheckpointError, ConfigError
 from tests.conftest import GOLDEN
 from tests.ngpt.making import private_bytes, research, save, write_archive
 
@@ -68,6 +70,22 @@ class Settings(dict):
     pass
 
 
+class Attributes(dict):
+    """As EasyDict, Munch and Box: entries are attributes."""
+
+    def __init__(self, **entries):
+        super().__init__(entries)
+        self.__dict__ = self
+
+
+class Marked(dict):
+    """As addict's Dict and yacs' CfgNode: attributes of its own beside the entries."""
+
+    def __init__(self, **entries):
+        super().__init__(entries)
+        self.frozen = True
+
+
 class Several(list):
     pass
 
@@ -82,6 +100,8 @@ CONFIGS = {
     "a dataclass": GPTConfig(),
     "a slotted dataclass": Slotted(),
     "a class filled like a dict": Settings(lr=1e-3),
+    "a dict whose entries are attributes": Attributes(lr=1e-3, inner=Attributes(a=1)),
+    "a dict with attributes": Marked(lr=1e-3, inner=Marked(a=1)),
     "a class filled like a list": Several([1, 2]),
     "a named tuple": Pair(1, 2),
     "a defaultdict": collections.defaultdict(list, {"loss": [1.0]}),
@@ -127,13 +147,46 @@ def test_the_configuration_class_may_come_from_any_module(module, stored, tmp_pa
     open_checkpoint(tmp_path).validate()
 
 
-PREFIXES = ["_orig_mod.", "module.", "_orig_mod.module.", "module._orig_mod."]
+PREFIXES = ["_orig_mod.", "module.", "_orig_mod.module.", "module._orig_mod.", "_fsdp_wrapped_module."]
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_prefixes_of_wrappers_are_stripped_in_any_order(prefix, stored, tmp_path):
     stored["model"] = {prefix + name: tensor for name, tensor in stored["model"].items()}
     open_checkpoint(save(stored, tmp_path)).validate()
+
+
+NUMBERS = {
+    "NumPy's": {"n_layer": np.int64(3), "n_head": np.uint8(4), "base_scale": np.float64(0.125), "bias": np.bool_(False), "use_nGPT": np.int32(1)},
+    "written with a point": {"n_layer": 3.0, "vocab_size": 256.0, "use_nGPT": 1.0},
+    "beside a null": {"n_kv_head": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+def test_sizes_may_be_numbers_of_other_kinds(case, stored, tmp_path):
+    plain = open_checkpoint(save(stored, tmp_path)).config
+    assert (plain["num_hidden_layers"], plain["initializer_range"]) == (3, 0.125)
+    stored["model_args"] |= NUMBERS[case]
+    checkpoint = open_checkpoint(save(stored, tmp_path))
+    checkpoint.validate()
+    assert checkpoint.config == plain and json.dumps(checkpoint.config) == json.dumps(plain)
+
+
+def test_a_number_of_numpys_that_does_not_fit_its_type_is_named(stored, tmp_path):
+    class Wrong:
+        def __reduce__(self):
+            return np.float64(1).__reduce__()[0], (np.dtype("f8"), b"abc")
+
+    stored["model_args"]["base_scale"] = Wrong()
+    with pytest.raises(ConfigError, match="model_args.base_scale"):
+        open_checkpoint(save(stored, tmp_path))
+
+
+def test_model_args_of_another_kind_are_said_to_be(stored, tmp_path):
+    stored["model_args"] = argparse.Namespace(**stored["model_args"])
+    with pytest.raises(CheckpointError, match="'model_args': argparse.Namespace"):
+        open_checkpoint(save(stored, tmp_path))
 
 
 def test_a_wrapper_around_each_layer_is_stripped_too(stored, tmp_path):

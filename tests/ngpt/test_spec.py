@@ -150,6 +150,8 @@ FOREIGN = {
     "llama": {"pretraining_tp": 1, "rms_norm_eps": 1e-5},
     "gpt": {"layer_norm_eps": 1e-5, "resid_pdrop": 0.1},
     "attention": {"_attn_implementation_internal": "sdpa", "_flash_attn_2_enabled": True},
+    "how to load it": {"attn_implementation": "flash_attention_2", "use_return_dict": True, "dtype": "auto"},
+    "no dtype of torch's": {"dtype": "int9"},
     "inference": {"keys_to_ignore_at_inference": ["past_key_values"]},
     "null": {"quantization_config": None, "num_experts": None, "rope_interleaved": None},
     "neutral": {"rope_interleaved": False, "is_causal": True, "logit_scale": 1.0},
@@ -177,8 +179,12 @@ def test_whole_numbers_may_be_written_with_a_point():
     assert spec == NGPTSpec.from_config(config(eos_token_id=[2])) and isinstance(spec.hidden_size, int)
 
 
+def test_a_dtype_may_be_written_as_python_shows_it():
+    assert tidy(config(torch_dtype="torch.bfloat16")) == (config(torch_dtype="bfloat16"), ())
+
+
 def test_remarks_in_a_rope_block_are_passed_over_and_told():
-    block = {"type": "yarn", **YARN, "finetuned": True, "attn_factor": 1.0}
+    block = {"type": "yarn", **YARN, "finetuned": True, "attn_factor": 1.0, "extrapolation_factor": 1, "beta_fast": None}
     assert NGPTSpec.from_config(config(rope_scaling=block)) == NGPTSpec.from_config(config(rope_scaling={"type": "yarn", **YARN}))
     assert "rope_scaling.finetuned" in tidy(config(rope_scaling=block))[1][0]
     plain = {"rope_type": "default", "factor": 1.0, "original_max_position_embeddings": 512}

@@ -45,7 +45,7 @@ def test_sampling_settings_are_read_and_checked(tmp_path):
 
 @pytest.mark.parametrize("wrong", [
     {"temperature": "hot"}, {"top_p": 1.5}, {"top_k": -4}, {"do_sample": 1}, {"eos_token_id": "</s>"}, {"eos_token_id": [True]},
-    {"eos_token_id": 256}, {"top_k": 10**400},
+    {"eos_token_id": 256}, {"top_k": 10**400}, {"top_k": 2.5}, {"eos_token_id": 2.5},
 ])  # fmt: skip
 def test_wrong_generation_settings_are_named(wrong, tmp_path):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
@@ -83,7 +83,7 @@ def test_ends_that_are_given_count_alone_and_are_written_everywhere(tmp_path):
         save_hf(checkpoint, tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "generation_config.json").read_text()) == {"eos_token_id": [200, 9, 11], "top_k": 3}
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["eos_token_id"] == [200, 9, 11]
-    for wrong in ("<stop>", 256, "-1"):
+    for wrong in ("<stop>", 256, "-1", "--1", "9" * 5000):
         with pytest.raises(ConfigError, match="eos"):
             open_checkpoint(folder, eos=[wrong])
     with pytest.raises(ConfigError, match="tokenizer"):
@@ -113,6 +113,46 @@ def test_ids_that_the_models_table_lacks_are_refused(tmp_path):
     with open_checkpoint(copy("gqa", tmp_path, tokenizer=many)) as checkpoint, pytest.raises(ConfigError, match="256") as caught:
         checkpoint.validate()
     assert "4 above, up to 259 for '<59>'" in str(caught.value)
+
+
+def added(entry):
+    """The tokenizer with one more token, written by hand."""
+    written = json.loads(tokenizer().to_str())
+    written["added_tokens"].append(written["added_tokens"][0] | {"content": "<x>"} | entry)
+    return json.dumps(written)
+
+
+@pytest.mark.parametrize("files", [
+    {"tokenizer": added({"id": 5000})}, {"added_tokens": {"<x>": 5000}},
+    {"tokenizer_config": {"added_tokens_decoder": {"5000": {"content": "<x>"}, "200": {"content": "<|endoftext|>"}}}},
+])  # fmt: skip
+def test_added_tokens_that_the_models_table_lacks_are_refused_wherever_they_stand(files, tmp_path):
+    with open_checkpoint(copy("gqa", tmp_path, **({"tokenizer": tokenizer()} | files))) as checkpoint:
+        with pytest.raises(ConfigError, match=r"vocab_size \(256\).* up to 5000"):
+            checkpoint.validate()
+
+
+def test_an_added_token_that_the_library_would_give_another_id_is_refused(tmp_path):
+    with open_checkpoint(copy("gqa", tmp_path, tokenizer=added({"id": 250}))) as checkpoint:
+        with pytest.raises(CorruptFileError, match="'<x>': expected the id 201, the next free one, found 250"):
+            checkpoint.validate()
+    with open_checkpoint(copy("gqa", tmp_path / "right", tokenizer=added({"id": 201}))) as checkpoint:
+        checkpoint.validate()
+
+
+def test_byte_order_marks_are_passed_over_and_not_written_again(tmp_path):
+    files = {"tokenizer": tokenizer().to_str(), "tokenizer_config": "{}", "generation_config": '{"eos_token_id": 7}'}
+    with open_checkpoint(copy("gqa", tmp_path, **{name: "\ufeff" + text for name, text in files.items()})) as checkpoint:
+        checkpoint.validate()
+        assert checkpoint.spec.eos_token_ids == (7,)
+        save_hf(checkpoint, tmp_path / "saved")
+    for name, text in files.items():
+        assert (tmp_path / "saved" / f"{name}.json").read_text(encoding="utf-8") == text
+
+
+def test_whole_numbers_among_generation_settings_may_have_a_point(tmp_path):
+    with open_checkpoint(copy("gqa", tmp_path, generation_config={"eos_token_id": [7.0], "top_k": 20.0})) as checkpoint:
+        assert checkpoint.spec.eos_token_ids == (7,) and checkpoint.text.sampling == {"top_k": 20}
 
 
 def test_a_vocabulary_padded_beyond_the_tokenizer_is_fine(tmp_path):
