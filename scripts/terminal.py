@@ -85,6 +85,17 @@ def _is_serving_error(error: BaseException) -> bool:
     return loaded is not None and isinstance(error, loaded.ServingError)
 
 
+def _open_closed_streams() -> None:
+    """Streams that the caller closed lead nowhere from now on.
+
+    For a standard error that is None `print` and argparse take standard output, and the next file that is opened would get the number of
+    the closed one, to which libraries in C go on writing their notes.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+
+
 def finish_output() -> None:
     """Write out what was printed. Raises OSError where it cannot be written (a closed pipe, a full disk), and then forgets it."""
     try:
@@ -109,6 +120,7 @@ class _Notes(logging.Handler):
 @contextlib.contextmanager
 def prepared() -> Iterator[None]:
     """Warnings and notes in one line, put back at the end; and text that any terminal's encoding can take."""
+    _open_closed_streams()
     notes, log = _Notes(), logging.getLogger("ngpt")
     log.addHandler(notes)
     with warnings.catch_warnings():

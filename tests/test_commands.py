@@ -376,3 +376,21 @@ def test_verify_is_readable_without_it(tiny_engine_folder, tmp_path, capsys):
     out = capsys.readouterr().out
     assert re.search(r"^decode_steps +4$", out, re.M) and out.splitlines()[-1].startswith("parity   pass")
     assert max(map(len, out.splitlines())) < 300
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&-"])
+def test_streams_that_the_caller_closed_lead_nowhere(closed):
+    """An error is not printed to standard output because there is no standard error."""
+    for words, code in (("plan --json", 0), ("inspect /no/such/folder", 2)):
+        run = subprocess.run(
+            ["bash", "-c", f"{sys.executable} -m scripts.cli {words} {closed}"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert run.returncode == code and "Traceback" not in run.stderr
+        assert code == 0 or run.stdout == ""
+
+
+@pytest.mark.parametrize("path", ["a" * 300, "a\0b"])
+def test_names_that_no_file_can_have_are_an_error_in_one_line(path, tmp_path, capsys):
+    for args in (["build", "--checkpoint", path, "--output", str(tmp_path / "engine")], ["serve", path]):
+        assert main(args) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
