@@ -165,7 +165,8 @@ class TextFiles:
     def _id(self, end: End) -> int:
         if isinstance(end, int) or _NUMBER.fullmatch(end):
             return int(end)
-        found = self.tokenizer().token_to_id(end)
+        tokenizer = self.tokenizer()
+        found = tokenizer.token_to_id(end) if _is_text(end) else None
         if found is None:
             raise ConfigError(
                 "the token that ends a text",
@@ -183,7 +184,7 @@ class TextFiles:
             token = _read_object(self.files[name]).get("eos_token")
             text = token.get("content") if isinstance(token, dict) else token
             if isinstance(text, str):
-                found = self.tokenizer().token_to_id(text)
+                found = self.tokenizer().token_to_id(text) if _is_text(text) else None
                 if found is not None:
                     return (int(found),)
                 self.notes += (f"{name} names {shown(text)} as the end of a text, which {TOKENIZER_FILE} does not have",)
@@ -212,7 +213,7 @@ def given_tokenizer(tokenizer: str | os.PathLike[str]) -> dict[str, Path]:
     path = Path(tokenizer)
     kind = kind_of(path)
     if kind == "nothing":
-        raise not_there(path, os.fspath(tokenizer))
+        raise not_there(path, os.fspath(tokenizer), what="tokenizer", expected=f"a folder or a {TOKENIZER_FILE}")
     if kind == "file":
         return {TOKENIZER_FILE: contained(path.parent, path.name)}
     files = {name: contained(path, name) for name in TOKENIZER_FILES if kind == "folder" and exists(path, name)}
@@ -307,6 +308,11 @@ def _strip_mark(path: Path) -> None:
         marked = file.read(3) == b"\xef\xbb\xbf"
     if marked:
         path.write_bytes(path.read_bytes()[3:])
+
+
+def _is_text(text: str) -> bool:
+    """Whether it is Unicode: JSON and command lines can hold lone surrogates, at which the tokenizers library raises."""
+    return text.isascii() or not re.search("[\ud800-\udfff]", text)
 
 
 def _ids(value: Any, where: str) -> tuple[int, ...]:

@@ -86,6 +86,8 @@ def test_ends_that_are_given_count_alone_and_are_written_everywhere(tmp_path):
     for wrong in ("<stop>", 256, "-1", "--1", "9" * 5000):
         with pytest.raises(ConfigError, match="eos"):
             open_checkpoint(folder, eos=[wrong])
+    with pytest.raises(ConfigError, match="--eos"):
+        open_checkpoint(folder, eos=["\ud800"])
     with pytest.raises(ConfigError, match="tokenizer"):
         open_checkpoint(GOLDEN / "gqa", eos=["<end>"])
 
