@@ -201,7 +201,7 @@ def find_text_files(folder: Path, tokenizer: str | os.PathLike[str] | None = Non
 
     Raises `CheckpointError` where something else stands in a file's place, or ``tokenizer`` has none.
     """
-    files = {name: contained(folder, name) for name in (*TOKENIZER_FILES, GENERATION_CONFIG) if exists(folder, name)}
+    files = {name: _text_file(folder, name) for name in (*TOKENIZER_FILES, GENERATION_CONFIG) if exists(folder, name)}
     if tokenizer is None:
         return TextFiles(files)
     files = {name: path for name, path in files.items() if name == GENERATION_CONFIG}
@@ -215,8 +215,8 @@ def given_tokenizer(tokenizer: str | os.PathLike[str]) -> dict[str, Path]:
     if kind == "nothing":
         raise not_there(path, os.fspath(tokenizer), what="tokenizer", expected=f"a folder or a {TOKENIZER_FILE}")
     if kind == "file":
-        return {TOKENIZER_FILE: contained(path.parent, path.name)}
-    files = {name: contained(path, name) for name in TOKENIZER_FILES if kind == "folder" and exists(path, name)}
+        return {TOKENIZER_FILE: _text_file(path.parent, path.name)}
+    files = {name: _text_file(path, name) for name in TOKENIZER_FILES if kind == "folder" and exists(path, name)}
     if TOKENIZER_FILE not in files:
         raise CheckpointError(
             f"{path} holds no tokenizer", expected=TOKENIZER_FILE, found=", ".join(files) or "no tokenizer files",
@@ -225,14 +225,23 @@ def given_tokenizer(tokenizer: str | os.PathLike[str]) -> dict[str, Path]:
     return files
 
 
+def _text_file(folder: Path, name: str) -> Path:
+    """`contained`, of a size that can be copied and loaded."""
+    path = contained(folder, name)
+    if (size := path.stat().st_size) > MAX_TOKENIZER_BYTES:
+        raise CorruptFileError(
+            f"{path} is too large", expected=f"at most {MAX_TOKENIZER_BYTES} bytes", found=f"{size}",
+            remedy="use the tokenizer that the model was trained with",
+        )  # fmt: skip
+    return path
+
+
 def load_tokenizer(path: Path) -> Any:
     """The `tokenizers.Tokenizer` of a file. Raises `CorruptFileError`, `MissingPackageError`."""
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise MissingPackageError("reading a tokenizer needs the package tokenizers", remedy="pip install tokenizers") from error
-    if (size := path.stat().st_size) > MAX_TOKENIZER_BYTES:
-        raise CorruptFileError(f"{path} is too large", expected=f"at most {MAX_TOKENIZER_BYTES} bytes", found=str(size))
     try:
         tokenizer = Tokenizer.from_str(path.read_bytes().decode("utf-8-sig"))
     except BaseException as error:  # the library raises bare Exception, and a PanicException that is not even that

@@ -79,11 +79,16 @@ class TorchReference:
 
     def continue_greedily(self, tokens: list[int], steps: int) -> list[int]:
         """The model's own next ``steps`` tokens; an end-of-sequence token does not stop it."""
-        fed, past, out = torch.tensor([tokens], dtype=torch.int64), None, []
+        from transformers import DynamicCache
+
+        from ngpt.layers import CACHE  # its name in the installed transformers, which complains of the other
+
+        fed, out = torch.tensor([tokens], dtype=torch.int64), []
+        past = {CACHE: DynamicCache(config=self.model.config)}
         with torch.no_grad():
             for _ in range(steps):
-                output = self.model(input_ids=fed, past_key_values=past, use_cache=True, logits_to_keep=1)
-                past, fed = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
+                output = self.model(input_ids=fed, use_cache=True, logits_to_keep=1, **past)
+                fed = output.logits[:, -1].argmax(-1, keepdim=True)
                 out.append(int(fed))
         return out
 

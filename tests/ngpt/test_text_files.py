@@ -117,6 +117,15 @@ def test_ids_that_the_models_table_lacks_are_refused(tmp_path):
     assert "4 above, up to 259 for '<59>'" in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "merges.txt", "generation_config.json"])
+def test_files_too_large_to_be_what_they_are_called_are_refused_and_not_copied(name, tmp_path):
+    folder = copy("gqa", tmp_path)
+    with (folder / name).open("wb") as file:
+        file.truncate(1 << 40)  # a hole: it takes no room on the disk
+    with pytest.raises(CorruptFileError, match="too large"):
+        open_checkpoint(folder)
+
+
 def added(entry):
     """The tokenizer with one more token, written by hand."""
     written = json.loads(tokenizer().to_str())
