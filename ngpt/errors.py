@@ -45,7 +45,9 @@ class NGPTDeployError(Exception):
 
     def __init__(self, what: str, *, expected: str = "", found: str = "", remedy: str = "") -> None:
         super().__init__(what)
-        self.what, self.expected, self.found = (plain(part).replace("\n", "\\n") for part in (what, expected, found))
+        self.what = plain(what)
+        self.expected = plain(expected)
+        self.found = plain(found)
         self.remedy = plain(remedy)
 
     def __str__(self) -> str:

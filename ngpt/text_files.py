@@ -248,7 +248,7 @@ def load_tokenizer(path: Path) -> Any:
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
         raise CorruptFileError(
-            f"{path} is no tokenizer", expected="a tokenizer.json of the tokenizers library", found=str(error)[:200],
+            f"{path} is no tokenizer", expected="a tokenizer.json of the tokenizers library", found=" ".join(str(error).split())[:200],
             remedy="copy or download the file again",
         ) from error  # fmt: skip
     tokenizer.no_truncation()
@@ -264,7 +264,7 @@ def _encode(tokenizer: Any, text: str, path: Path) -> list[int]:
             raise
         raise CorruptFileError(
             f"{path} cannot encode {shown(text)}",
-            found=str(error)[:200],
+            found=" ".join(str(error).split())[:200],
             remedy="use the tokenizer that the model was trained with",
         ) from error
 

@@ -367,12 +367,6 @@ def test_an_adapter_without_its_model_is_called_one(tmp_path):
         (folder / "config.json").unlink(missing_ok=True)
 
 
-def test_an_error_is_one_line_whatever_the_name(tmp_path):
-    with pytest.raises(CheckpointError) as caught:
-        open_checkpoint(tmp_path / "a\nb\x1b[2J")
-    assert str(caught.value).isprintable() and "a\\nb" in str(caught.value)
-
-
 HABITS = {
     "a dtype of no torch's": {"torch_dtype": "auto"},
     "a dtype as Python shows it": {"dtype": "torch.bfloat16"},

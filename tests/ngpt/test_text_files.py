@@ -101,6 +101,13 @@ def test_a_damaged_tokenizer_is_refused_before_anything_is_built(damage, tmp_pat
         checkpoint.validate()
 
 
+def test_what_the_library_says_of_a_hostile_tokenizer_is_one_line(tmp_path):
+    with open_checkpoint(copy("gqa", tmp_path, tokenizer=r'{"version": "\u001b[31m\nx"}')) as checkpoint:
+        with pytest.raises(CorruptFileError) as caught:
+            checkpoint.validate()
+    assert str(caught.value).isprintable()
+
+
 @pytest.mark.parametrize("name", ["tokenizer_config", "special_tokens_map", "added_tokens"])
 @pytest.mark.parametrize("damage", ["", "[]", '"text"', '{"a": 1', '{"a": 1e999}'])
 def test_damaged_files_beside_it_are_too(name, damage, tmp_path):
