@@ -19,9 +19,10 @@ MAX_JSON_BYTES = 16 << 20
 MAX_CONFIG_BYTES = 4 << 20
 _LFS_POINTERS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
 _PAGES = (b"<!doctype html", b"<html")
-_HUB_ID = re.compile(
-    r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)?([\w-][\w.-]*/[\w-][\w.-]*)/?(?:(?:tree|blob)/.*)?"
+_HUB_ID = re.compile(  # with what the hub's pages, its files' addresses and revisions put around it
+    r"(?i:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)?(\w[\w.-]*/\w[\w.-]*)(?:@[\w.-]+(?:/.*)?)?/?(?:(?:tree|blob|resolve)/.*)?(?:[?#].*)?"
 )
+_CACHED_ID = re.compile(r"models--(\w[\w.]*(?:-[\w.]+)*)--(\w[\w.-]*)")
 
 
 def kind_of(path: Path) -> str:
@@ -142,18 +143,22 @@ def parse_json(data: bytes, where: str) -> Any:
         ) from error
 
 
-def not_there(path: Path, given: str) -> CheckpointError:
+def not_there(path: Path, given: str, *, what: str = "checkpoint", expected: str = "a folder or a ckpt.pt") -> CheckpointError:
     """The error for a path where nothing is; ``given`` is how the user wrote it: perhaps a model's id on the hub."""
-    hub = _HUB_ID.fullmatch(given)
+    given = given.strip()
+    hub, cached = _HUB_ID.fullmatch(given), _CACHED_ID.fullmatch(given)
+    name = f"{cached[1]}/{cached[2]}" if cached is not None else hub[1] if hub is not None else ""
     # "models/mine" is a path like any other where "models" is a folder.
-    if hub is not None and (hub[1] != given.rstrip("/") or not Path(hub[1]).parent.is_dir()):
+    if name and (name != given.rstrip("/") or not Path(name).parent.is_dir()):
         return CheckpointError(
-            f"there is no checkpoint at {path}; {hub[1]} looks like a model's id on the Hugging Face hub",
-            expected="a folder or a ckpt.pt on this machine",
+            f"there is no {what} at {path}; {name} looks like a model's id on the Hugging Face hub",
+            expected=f"{expected} on this machine",
             found="nothing",
-            remedy=f"download it first: hf download {hub[1]} --local-dir {hub[1].split('/')[1]}",
+            remedy=f"download it first: hf download {name} --local-dir {name.split('/')[1]}",
         )
-    return CheckpointError(f"there is no checkpoint at {path}", expected="a folder or a ckpt.pt", found="nothing")
+    return CheckpointError(
+        f"there is no {what} at {path}", expected=expected, found="nothing", remedy="see whether the path is right"
+    )
 
 
 def _blobs(root: Path) -> set[Path]:

@@ -165,7 +165,8 @@ class TextFiles:
     def _id(self, end: End) -> int:
         if isinstance(end, int) or _NUMBER.fullmatch(end):
             return int(end)
-        found = self.tokenizer().token_to_id(end)
+        tokenizer = self.tokenizer()
+        found = tokenizer.token_to_id(end) if _is_text(end) else None
         if found is None:
             raise ConfigError(
                 "the token that ends a text",
@@ -183,7 +184,7 @@ class TextFiles:
             token = _read_object(self.files[name]).get("eos_token")
             text = token.get("content") if isinstance(token, dict) else token
             if isinstance(text, str):
-                found = self.tokenizer().token_to_id(text)
+                found = self.tokenizer().token_to_id(text) if _is_text(text) else None
                 if found is not None:
                     return (int(found),)
                 self.notes += (f"{name} names {shown(text)} as the end of a text, which {TOKENIZER_FILE} does not have",)
@@ -200,7 +201,7 @@ def find_text_files(folder: Path, tokenizer: str | os.PathLike[str] | None = Non
 
     Raises `CheckpointError` where something else stands in a file's place, or ``tokenizer`` has none.
     """
-    files = {name: contained(folder, name) for name in (*TOKENIZER_FILES, GENERATION_CONFIG) if exists(folder, name)}
+    files = {name: _text_file(folder, name) for name in (*TOKENIZER_FILES, GENERATION_CONFIG) if exists(folder, name)}
     if tokenizer is None:
         return TextFiles(files)
     files = {name: path for name, path in files.items() if name == GENERATION_CONFIG}
@@ -212,10 +213,10 @@ def given_tokenizer(tokenizer: str | os.PathLike[str]) -> dict[str, Path]:
     path = Path(tokenizer)
     kind = kind_of(path)
     if kind == "nothing":
-        raise not_there(path, os.fspath(tokenizer))
+        raise not_there(path, os.fspath(tokenizer), what="tokenizer", expected=f"a folder or a {TOKENIZER_FILE}")
     if kind == "file":
-        return {TOKENIZER_FILE: contained(path.parent, path.name)}
-    files = {name: contained(path, name) for name in TOKENIZER_FILES if kind == "folder" and exists(path, name)}
+        return {TOKENIZER_FILE: _text_file(path.parent, path.name)}
+    files = {name: _text_file(path, name) for name in TOKENIZER_FILES if kind == "folder" and exists(path, name)}
     if TOKENIZER_FILE not in files:
         raise CheckpointError(
             f"{path} holds no tokenizer", expected=TOKENIZER_FILE, found=", ".join(files) or "no tokenizer files",
@@ -224,21 +225,30 @@ def given_tokenizer(tokenizer: str | os.PathLike[str]) -> dict[str, Path]:
     return files
 
 
+def _text_file(folder: Path, name: str) -> Path:
+    """`contained`, of a size that can be copied and loaded."""
+    path = contained(folder, name)
+    if (size := path.stat().st_size) > MAX_TOKENIZER_BYTES:
+        raise CorruptFileError(
+            f"{path} is too large", expected=f"at most {MAX_TOKENIZER_BYTES} bytes", found=f"{size}",
+            remedy="use the tokenizer that the model was trained with",
+        )  # fmt: skip
+    return path
+
+
 def load_tokenizer(path: Path) -> Any:
     """The `tokenizers.Tokenizer` of a file. Raises `CorruptFileError`, `MissingPackageError`."""
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise MissingPackageError("reading a tokenizer needs the package tokenizers", remedy="pip install tokenizers") from error
-    if (size := path.stat().st_size) > MAX_TOKENIZER_BYTES:
-        raise CorruptFileError(f"{path} is too large", expected=f"at most {MAX_TOKENIZER_BYTES} bytes", found=str(size))
     try:
         tokenizer = Tokenizer.from_str(path.read_bytes().decode("utf-8-sig"))
     except BaseException as error:  # the library raises bare Exception, and a PanicException that is not even that
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
         raise CorruptFileError(
-            f"{path} is no tokenizer", expected="a tokenizer.json of the tokenizers library", found=str(error)[:200],
+            f"{path} is no tokenizer", expected="a tokenizer.json of the tokenizers library", found=" ".join(str(error).split())[:200],
             remedy="copy or download the file again",
         ) from error  # fmt: skip
     tokenizer.no_truncation()
@@ -254,7 +264,7 @@ def _encode(tokenizer: Any, text: str, path: Path) -> list[int]:
             raise
         raise CorruptFileError(
             f"{path} cannot encode {shown(text)}",
-            found=str(error)[:200],
+            found=" ".join(str(error).split())[:200],
             remedy="use the tokenizer that the model was trained with",
         ) from error
 
@@ -307,6 +317,11 @@ def _strip_mark(path: Path) -> None:
         marked = file.read(3) == b"\xef\xbb\xbf"
     if marked:
         path.write_bytes(path.read_bytes()[3:])
+
+
+def _is_text(text: str) -> bool:
+    """Whether it is Unicode: JSON and command lines can hold lone surrogates, at which the tokenizers library raises."""
+    return text.isascii() or not re.search("[\ud800-\udfff]", text)
 
 
 def _ids(value: Any, where: str) -> tuple[int, ...]:

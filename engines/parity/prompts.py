@@ -7,6 +7,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ngpt.checkpoint import Checkpoint
 from ngpt.errors import ConfigError, shown
@@ -69,12 +70,12 @@ def make_sequences(
     vocabulary = checkpoint.spec.vocab_size
     sequences = []
     if prompts is None:
-        random = np.random.default_rng(seed)
+        random, tokens_with_direction = np.random.default_rng(seed), _with_direction(checkpoint)
         lengths = sorted({min(length, room) for length in _RANDOM_LENGTHS})
         more = _POSITIONS - sum(length + decode_steps for length in lengths)
         lengths += [lengths[-1]] * max(0, -(-more // (lengths[-1] + decode_steps)))
         for length in lengths:
-            drawn = random.integers(0, vocabulary, length + decode_steps)
+            drawn = tokens_with_direction[random.integers(0, len(tokens_with_direction), length + decode_steps)]
             sequences.append(Sequence(f"random {length}", tuple(map(int, drawn)), length, is_text=False))
         prompts = TEXTS if checkpoint.text.tokenizer_file is not None else ()
     for number, prompt in enumerate(prompts):
@@ -92,3 +93,11 @@ def make_sequences(
         tokens = (*ids, *continue_greedily(ids, decode_steps))
         sequences.append(Sequence(f"{'text' if is_text else 'tokens'} {number}", tokens, len(ids), is_text))
     return sequences
+
+
+def _with_direction(checkpoint: Checkpoint) -> NDArray[np.int64]:
+    """The tokens whose embedding is not zero, or all if none is. The network divides by an embedding's norm, so that one of zero
+    (padding of a vocabulary, which only --allow-off-sphere lets in) gives NaN here as there, and nothing to compare."""
+    table = checkpoint.get("model.embed_tokens.weight")
+    alive = np.flatnonzero(np.concatenate([block.ne(0).any(dim=1).numpy() for block in table.split(4096)]))
+    return alive if len(alive) else np.arange(len(table))

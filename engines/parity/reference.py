@@ -52,11 +52,10 @@ class TorchReference:
     def __init__(self, folder: Path, precision: str, *, attention: str = "eager") -> None:
         try:
             from ngpt import NGPTForCausalLM
-            from ngpt.layers import CACHE
         except ImportError as error:
             raise missing_package("the parity check needs torch and transformers", "torch", found=str(error)) from error
         dtype = DTYPES[precision]
-        self.precision, self._cache = precision, CACHE
+        self.precision = precision
         with _quiet_loading():
             # A configuration may ask for tuples, which are not what is compared here.
             kinds = {"dtype": dtype, "attn_implementation": attention, "return_dict": True}
@@ -80,11 +79,16 @@ class TorchReference:
 
     def continue_greedily(self, tokens: list[int], steps: int) -> list[int]:
         """The model's own next ``steps`` tokens; an end-of-sequence token does not stop it."""
-        fed, past, out = torch.tensor([tokens], dtype=torch.int64), None, []
+        from transformers import DynamicCache
+
+        from ngpt.layers import CACHE  # its name in the installed transformers, which complains of the other
+
+        fed, out = torch.tensor([tokens], dtype=torch.int64), []
+        past = {CACHE: DynamicCache(config=self.model.config)}
         with torch.no_grad():
             for _ in range(steps):
-                output = self.model(input_ids=fed, use_cache=True, logits_to_keep=1, **{self._cache: past})
-                past, fed = output[self._cache], output.logits[:, -1].argmax(-1, keepdim=True)
+                output = self.model(input_ids=fed, use_cache=True, logits_to_keep=1, **past)
+                fed = output.logits[:, -1].argmax(-1, keepdim=True)
                 out.append(int(fed))
         return out
 

@@ -29,6 +29,10 @@ CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARDS = 4096
+_ADAPTER = "adapter_config.json"
+_MERGE = (
+    "this is an adapter: merge it into its model with peft (merge_and_unload, then save_pretrained) and point at what that wrote"
+)
 
 
 def open_checkpoint(
@@ -77,7 +81,7 @@ def _open(path: Path, given: str, options: Options) -> Checkpoint:
             f"{path} is not a checkpoint",
             expected="a folder with config.json and safetensors, or a research ckpt.pt",
             found="a file",
-            remedy="point at the folder" if path.suffix == ".safetensors" else "",
+            remedy="point at the folder" if path.suffix in (".safetensors", ".json") else "rename it to ckpt.pt if it is one",
         )
     if kind != "folder":
         raise CheckpointError(f"{path} is not a checkpoint", expected="a folder or a ckpt.pt", found=kind)
@@ -96,7 +100,11 @@ def _open(path: Path, given: str, options: Options) -> Checkpoint:
         f"{path} holds no checkpoint",
         expected=f"{CONFIG_FILE} and {SINGLE_FILE}, or {RESEARCH_FILE}",
         found=", ".join(shown(name)[1:-1] for name in inside[:8]) or "an empty folder",
-        remedy=f"this is a folder of the Hugging Face cache: point at {snapshots[-1]}" if snapshots else "",
+        remedy=f"this is a folder of the Hugging Face cache: point at {snapshots[-1]}"
+        if snapshots
+        else _MERGE
+        if _ADAPTER in inside
+        else "see whether the path is right",
     )
 
 
@@ -228,8 +236,10 @@ def _no_weights(folder: Path) -> CheckpointError:
     bins = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.bin.index.json"))
     if bins:
         return _refuse_bin(bins[0])
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name != CONFIG_FILE)
     return MissingTensorError(
         f"{folder} has a {CONFIG_FILE} but no weights",
         expected=f"{SINGLE_FILE} or {INDEX_FILE}",
-        found="neither",
+        found=", ".join(shown(name)[1:-1] for name in others[:8]) or "neither",
+        remedy=_MERGE if _ADAPTER in others else "copy or download the weights to it",
     )

@@ -74,7 +74,8 @@ def _header_length(prefix: bytes, size: int, path: Path) -> int:
         raise CorruptFileError(
             f"{path} is not a safetensors file",
             expected=f"a header of at most {MAX_HEADER_BYTES} bytes",
-            found=f"{length} bytes",
+            found=f"{length} bytes" + (f": the file starts with {shown(text)}" if (text := _text(prefix)) else ""),
+            remedy="copy or download the file again",
         )
     if 8 + length > size:
         raise CorruptFileError(
@@ -84,6 +85,12 @@ def _header_length(prefix: bytes, size: int, path: Path) -> int:
             remedy="copy or download the file again",
         )
     return length
+
+
+def _text(prefix: bytes) -> str:
+    """The first bytes, if they are text: a server's complaint, for example, saved under the file's name."""
+    text = prefix.decode("latin-1")
+    return text if text.isascii() and text.isprintable() else ""
 
 
 def _entry(name: str, entry: Any, path: Path) -> tuple[TensorInfo, tuple[int, int]]:

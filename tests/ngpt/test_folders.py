@@ -205,16 +205,23 @@ HUB = "nvidia/Normalized-Nemotron-8B-Reasoning"
 
 
 @pytest.mark.parametrize(
-    "given", [HUB, HUB + "/", f"https://huggingface.co/{HUB}", f"https://huggingface.co/{HUB}/tree/main", f"hf://{HUB}"]
-)
+    "given",
+    [
+        HUB, HUB + "/", f"https://huggingface.co/{HUB}", f"https://huggingface.co/{HUB}/tree/main", f"hf://{HUB}", f"{HUB}@main",
+        f"HTTPS://HuggingFace.co/{HUB}?library=transformers", f"https://huggingface.co/{HUB}/resolve/main/config.json", f" {HUB} ",
+        f"hf://{HUB}@main/config.json", f"https://huggingface.co/{HUB}#use", "models--" + HUB.replace("/", "--"),
+    ],
+)  # fmt: skip
 def test_an_id_of_the_hub_is_answered_with_the_command_that_downloads_it(given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(given)
     assert f"hf download {HUB} --local-dir Normalized-Nemotron-8B-Reasoning" in str(caught.value)
+    with pytest.raises(CheckpointError, match=f"there is no tokenizer at .*hf download {HUB} "):
+        open_checkpoint(GOLDEN / "gqa", tokenizer=given)
 
 
-@pytest.mark.parametrize("given", ["models/mine", "./a/b", "/a/b", "a/b/c", "a"])
+@pytest.mark.parametrize("given", ["models/mine", "./a/b", "/a/b", "a/b/c", "a", "--x/y", "a/.."])
 def test_other_paths_to_nothing_are_not_taken_for_ids_of_the_hub(given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
@@ -339,6 +346,25 @@ def test_a_converted_folder_is_one_that_every_reader_takes(tmp_path):
     saved = json.loads((folder / "config.json").read_text())
     assert saved["pad_token_id"] is None and saved["max_position_embeddings"] == 512 and "unsloth_fixed" not in saved
     AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", [b"Entry not found", b'{"error":"not found"}', b"# xet version 0"])
+def test_a_servers_complaint_in_place_of_weights_is_shown(text, tmp_path):
+    folder = write_checkpoint(tmp_path)
+    (folder / "model.safetensors").write_bytes(text)
+    with pytest.raises(CorruptFileError, match="starts with .*download the file again") as caught:
+        open_checkpoint(folder)
+    assert text[:8].decode() in str(caught.value)
+
+
+def test_an_adapter_without_its_model_is_called_one(tmp_path):
+    folder = write_checkpoint(tmp_path)
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"adapter_model.safetensors\. .*merge_and_unload"):
+            open_checkpoint(folder)
+        (folder / "config.json").unlink(missing_ok=True)
 
 
 HABITS = {

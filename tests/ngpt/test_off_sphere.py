@@ -87,6 +87,13 @@ def test_a_large_deviation_is_built_on_demand_and_agrees_with_what_was_built(tar
             assert np.abs(loaded.logits(ids[None])[0] - logits(folder, ids)).max() <= 2e-5
 
 
+@pytest.mark.parametrize("target", ["cpu-fp32", "cpu-int8"])
+def test_zero_embeddings_as_vocabularies_are_padded_with_are_built_on_demand(target, tmp_path):
+    folder = scaled(tmp_path / "padded", {EMBED: dict.fromkeys(range(240, 256), 0.0)})
+    engine = build_engine(folder, target, tmp_path / "engine", off_sphere="allow")
+    assert json.loads((engine / "manifest.json").read_text())["parity"]["verdict"] == "pass"
+
+
 def test_folding_keeps_a_deviation_that_is_allowed(tmp_path):
     folder, ids = scaled(tmp_path / "off", LARGE), np.arange(12)
     with open_checkpoint(folder, off_sphere="allow") as checkpoint:

@@ -86,6 +86,8 @@ def test_ends_that_are_given_count_alone_and_are_written_everywhere(tmp_path):
     for wrong in ("<stop>", 256, "-1", "--1", "9" * 5000):
         with pytest.raises(ConfigError, match="eos"):
             open_checkpoint(folder, eos=[wrong])
+    with pytest.raises(ConfigError, match="--eos"):
+        open_checkpoint(folder, eos=["\ud800"])
     with pytest.raises(ConfigError, match="tokenizer"):
         open_checkpoint(GOLDEN / "gqa", eos=["<end>"])
 
@@ -97,6 +99,13 @@ def test_a_damaged_tokenizer_is_refused_before_anything_is_built(damage, tmp_pat
         pytest.raises(CorruptFileError, match="tokenizer.json"),
     ):
         checkpoint.validate()
+
+
+def test_what_the_library_says_of_a_hostile_tokenizer_is_one_line(tmp_path):
+    with open_checkpoint(copy("gqa", tmp_path, tokenizer=r'{"version": "\u001b[31m\nx"}')) as checkpoint:
+        with pytest.raises(CorruptFileError) as caught:
+            checkpoint.validate()
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config", "special_tokens_map", "added_tokens"])
@@ -113,6 +122,15 @@ def test_ids_that_the_models_table_lacks_are_refused(tmp_path):
     with open_checkpoint(copy("gqa", tmp_path, tokenizer=many)) as checkpoint, pytest.raises(ConfigError, match="256") as caught:
         checkpoint.validate()
     assert "4 above, up to 259 for '<59>'" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "merges.txt", "generation_config.json"])
+def test_files_too_large_to_be_what_they_are_called_are_refused_and_not_copied(name, tmp_path):
+    folder = copy("gqa", tmp_path)
+    with (folder / name).open("wb") as file:
+        file.truncate(1 << 40)  # a hole: it takes no room on the disk
+    with pytest.raises(CorruptFileError, match="too large"):
+        open_checkpoint(folder)
 
 
 def added(entry):
