@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -251,7 +252,10 @@ def describe(checkpoint: Checkpoint, target: Target, library: Library | None, na
 def engine_name(name: str | None, checkpoint: str | Path) -> str:
     """The name as it was given, or that of the checkpoint's folder. Raises BuildError for one that cannot be shown."""
     if name is None:
-        return "".join(letter if letter.isprintable() else "?" for letter in Path(checkpoint).resolve().name) or "ngpt"
+        folder = Path(checkpoint)
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # opening it says what is wrong with the path
+            folder = folder.resolve()
+        return "".join(letter if letter.isprintable() else "?" for letter in folder.name) or "ngpt"
     if not name or len(name) > MAX_NAME or not name.isprintable():
         raise BuildError(
             "the engine's name", expected=f"1 to {MAX_NAME} characters that can be printed", found=ascii(name)[:80],

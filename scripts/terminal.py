@@ -31,7 +31,8 @@ _EXTRAS = {
     "ml_dtypes": "onnx",
     "onnxruntime": "onnx",
 }
-_EXTRAS |= {"tritonclient": "serve", "google": "serve"}
+_EXTRAS |= {"tritonclient": "serve", "google": "serve", "grpc": "serve", "pytriton": "serve"}
+_ALWAYS = ("numpy", "tokenizers", "tqdm")  # what every installation has, unless somebody took it away
 
 
 class Terminated(KeyboardInterrupt):
@@ -64,13 +65,14 @@ def say(command: str, text: object) -> None:
 
 def fail(command: str, error: BaseException) -> int:
     """Say in one line what went wrong and what to do; returns the exit code. Notes of the error (a server's log) follow it."""
-    from engines.runtime.errors import ServingError
-
+    # Loaded if one of its errors was raised. Loading it here could fail: for want of numpy, or where a signal has just stopped that.
+    runtime = sys.modules.get("engines.runtime.errors")
+    typed = (errors.NGPTDeployError,) if runtime is None else (errors.NGPTDeployError, runtime.ServingError)
     code = 2
     if isinstance(error, KeyboardInterrupt):
         number = error.number if isinstance(error, Terminated) else signal.SIGINT
         text, code = f"stopped by {signal.Signals(number).name}", 128 + number
-    elif isinstance(error, errors.NGPTDeployError | ServingError):
+    elif isinstance(error, typed):
         text, code = str(error), 3 if isinstance(error, errors.ParityFailedError) else 2
     elif isinstance(error, BrokenPipeError):
         text = "nobody reads the output any more. Read it to its end, or write it to a file"
@@ -81,6 +83,8 @@ def fail(command: str, error: BaseException) -> int:
         text = "there is not enough memory. Close other programs, or use a machine with more"
     elif isinstance(error, ModuleNotFoundError) and (extra := _EXTRAS.get(str(error.name).split(".")[0])):
         text = str(errors.missing_package(f"this needs the package {error.name}", extra))
+    elif isinstance(error, ModuleNotFoundError) and error.name in _ALWAYS:
+        text = f"this needs the package {error.name}. pip install {error.name}"
     else:
         # What ends here is our fault or a library's: the commands' own errors are typed.
         text = f"{type(error).__name__}: {error}. Run it again with --debug and report what that prints"
@@ -89,6 +93,17 @@ def fail(command: str, error: BaseException) -> int:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             print(f"  {plain(line, 300)}", file=sys.stderr)
     return code
+
+
+def _open_closed_streams() -> None:
+    """Streams that the caller closed lead nowhere from now on.
+
+    For a standard error that is None `print` and argparse take standard output, and the next file that is opened would get the number of
+    the closed one, to which libraries in C go on writing their notes.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
 
 
 def finish_output() -> None:
@@ -115,6 +130,7 @@ class _Notes(logging.Handler):
 @contextlib.contextmanager
 def prepared() -> Iterator[None]:
     """Signals that clean up, and warnings and notes in one line, all put back at the end; and text that any terminal's encoding can take."""
+    _open_closed_streams()
     before: dict[int, Any] = {}
     asked = -math.inf
 

@@ -104,8 +104,13 @@ class TritonServer:
         start_timeout: float = 60.0,
         stop_timeout: float = 5.0,
     ) -> None:
-        self.repository = Path(repository).resolve()
-        if not self.repository.is_dir():
+        self.repository = Path(repository)
+        try:
+            self.repository = self.repository.resolve()
+            there = self.repository.is_dir()
+        except (OSError, ValueError, RuntimeError):  # a name that none can have, links that loop
+            there = False
+        if not there:
             raise ServerError(
                 "no model repository", expected="a folder", found=str(repository), remedy="make one with `ngpt-deploy package`"
             )

@@ -52,10 +52,11 @@ class TorchReference:
     def __init__(self, folder: Path, precision: str, *, attention: str = "eager") -> None:
         try:
             from ngpt import NGPTForCausalLM
+            from ngpt.layers import CACHE
         except ImportError as error:
             raise missing_package("the parity check needs torch and transformers", "torch", found=str(error)) from error
         dtype = DTYPES[precision]
-        self.precision = precision
+        self.precision, self._cache = precision, CACHE
         with _quiet_loading():
             self.model: Any = NGPTForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
         self.model.eval()
@@ -80,8 +81,8 @@ class TorchReference:
         fed, past, out = torch.tensor([tokens], dtype=torch.int64), None, []
         with torch.no_grad():
             for _ in range(steps):
-                output = self.model(input_ids=fed, past_key_values=past, use_cache=True, logits_to_keep=1)
-                past, fed = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
+                output = self.model(input_ids=fed, use_cache=True, logits_to_keep=1, **{self._cache: past})
+                past, fed = output[self._cache], output.logits[:, -1].argmax(-1, keepdim=True)
                 out.append(int(fed))
         return out
 
