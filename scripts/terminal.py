@@ -26,7 +26,8 @@ _EXTRAS = {
     "ml_dtypes": "onnx",
     "onnxruntime": "onnx",
 }
-_EXTRAS |= {"tritonclient": "serve", "google": "serve"}
+_EXTRAS |= {"tritonclient": "serve", "google": "serve", "grpc": "serve", "pytriton": "serve"}
+_ALWAYS = ("numpy", "tokenizers", "tqdm")  # what every installation has, unless somebody took it away
 
 
 def plain(text: object, limit: int = _MAX_LINE) -> str:
@@ -69,6 +70,8 @@ def fail(command: str, error: BaseException) -> int:
         text = "there is not enough memory. Close other programs, or use a machine with more"
     elif isinstance(error, ModuleNotFoundError) and (extra := _EXTRAS.get(str(error.name).split(".")[0])):
         text = str(errors.missing_package(f"this needs the package {error.name}", extra))
+    elif isinstance(error, ModuleNotFoundError) and error.name in _ALWAYS:
+        text = f"this needs the package {error.name}. pip install {error.name}"
     else:
         # What ends here is our fault or a library's: the commands' own errors are typed.
         text = f"{type(error).__name__}: {error}. Run it again with --debug and report what that prints"

@@ -105,6 +105,25 @@ def test_what_needs_torch_says_which_packages_to_install_where_it_is_absent(args
 # Errors
 
 
+@pytest.mark.parametrize(
+    ("absent", "args"),
+    [
+        ("numpy", ["inspect", "nowhere"]),
+        ("numpy", ["plan"]),
+        ("tokenizers", ["inspect", "nowhere"]),
+        ("tqdm", ["build", "--checkpoint", "nowhere", "--output", "nowhere"]),
+        ("grpc", ["generate", "x"]),
+        ("google", ["generate", "x"]),
+        ("pytriton", ["serve", "."]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_a_missing_library_of_any_kind_is_one_line_that_says_how_to_install_it(absent, args):
+    code, out, err, asked = without(absent, *args)
+    assert code == 2 and asked and out == "" and err.count("\n") == 0
+    assert "pip install" in err and "--debug" not in err
+
+
 def test_an_errors_text_is_one_bounded_line_that_only_shows():
     assert plain("a\x1b[31m\n\u202eb\x00\udcffé日🙂") == r"a\x1b[31m\n\u202eb\x00\udcffé日🙂"
     assert len(plain("x" * 10**6)) < 2100 and plain("ab" * 5000, 100).endswith("ab")
@@ -181,7 +200,15 @@ def test_a_stream_that_is_closed_from_the_start_is_no_trouble(stream):
         f'"{sys.executable}" -m scripts.cli plan --target {"h100" if stream == "stdout" else "nonsense"} {number}>&-',
         shell=True, cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == (0 if stream == "stdout" else 2) and done.stderr == ""
+    assert done.returncode == (0 if stream == "stdout" else 2)
+    assert done.stdout == done.stderr == ""  # an error that standard error cannot take does not go to standard output
+
+
+def test_no_file_gets_the_number_of_a_stream_that_was_closed(tmp_path):
+    code = f"from scripts.terminal import prepared\nwith prepared():\n    print(open({str(tmp_path / 'file')!r}, 'w').fileno())"
+    words = ["sh", "-c", f'"{sys.executable}" -c "$1" 2>&-', "sh", code]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert int(done.stdout) > 2
 
 
 def test_a_terminal_that_knows_little_gets_all_it_can_show(tmp_path):
@@ -235,6 +262,18 @@ def test_generate_checks_its_options_before_anything_else(where, option, capsys)
 def test_a_name_that_cannot_be_shown_is_refused(name, tmp_path, capsys):
     assert main(["build", "--checkpoint", str(TINY), "--output", str(tmp_path / "out"), "--name", name]) == 2
     assert "the engine's name" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "args", [["serve"], ["build", "--output", "engine", "--checkpoint"], ["inspect"], ["generate", "x", "--engine"]], ids=" ".join
+)
+def test_links_that_loop_are_words(args, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    assert main([*args, "loop"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "loop" in err and "--debug" not in err
+    assert [path.name for path in Path().iterdir()] == ["loop"]
 
 
 def test_a_folder_whose_name_cannot_be_shown_gives_one_that_can():

@@ -271,5 +271,5 @@ def _stream(grpcclient: Any, url: str) -> Iterator[tuple[Any, queue.Queue[tuple[
 def _tritonclient() -> Any:
     try:
         return importlib.import_module("tritonclient.grpc")
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # it says the second where grpc or protobuf is missing
         raise missing_package("the Triton client is not installed", "serve", found=str(error)) from error
