@@ -26,6 +26,7 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
+MAX_GROWTH = 64  # published tokenizers replace one character by one to three
 MAX_TOKENIZER_BYTES = 256 << 20  # as the serving side reads it (engines.runtime.text)
 _SIDE_FILES = (TOKENIZER_CONFIG, SPECIAL_TOKENS, "added_tokens.json")
 _NUMBER = re.compile(r"-?[0-9]{1,20}")
@@ -253,7 +254,25 @@ def load_tokenizer(path: Path) -> Any:
         ) from error  # fmt: skip
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if (growth := _growth(tokenizer.normalizer)) > MAX_GROWTH:
+        raise CorruptFileError(
+            f"{path} makes a text longer before it divides it", expected=f"at most {MAX_GROWTH} times", found=f"{growth:.3g} times",
+            remedy="use the tokenizer that the model was trained with",
+        )  # fmt: skip
     return tokenizer
+
+
+def _growth(normalizer: Any) -> float:
+    """How many times longer the Replace steps of a normalizer may make a text: a chain of them grows it without bound."""
+    state = json.loads(normalizer.__getstate__()) if normalizer is not None else {}
+    steps, growth = [state], 1.0
+    while steps:
+        step = steps.pop()
+        steps += step.get("normalizers", [])
+        if step.get("type") == "Replace":
+            matched = len(step["pattern"].get("String", "")) or 1
+            growth *= max(1.0, len(step["content"]) / matched)
+    return growth
 
 
 def _encode(tokenizer: Any, text: str, path: Path) -> list[int]:

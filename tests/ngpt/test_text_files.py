@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, normalizers
 
 from ngpt import NGPTForCausalLM
 from ngpt.checkpoint import open_checkpoint, save_hf
@@ -216,3 +216,17 @@ def test_the_examples_tokenizer_loads_in_every_transformers():
 
     assert json.loads((TINY / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert AutoTokenizer.from_pretrained(TINY)("def main():").input_ids == [455, 1707, 827]
+
+
+def test_a_tokenizer_that_would_grow_a_text_without_bound_is_refused_at_once(tmp_path):
+    bomb = tokenizer()
+    bomb.normalizer = normalizers.Sequence([normalizers.Replace("e", "e" * 10) for _ in range(9)])
+    with (
+        open_checkpoint(copy("gqa", tmp_path, tokenizer=bomb)) as checkpoint,
+        pytest.raises(CorruptFileError, match="1e\\+09 times"),
+    ):
+        checkpoint.validate()
+    bomb.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    (tmp_path / "model" / "tokenizer.json").write_text(bomb.to_str())
+    with open_checkpoint(tmp_path / "model") as checkpoint:
+        checkpoint.validate()
