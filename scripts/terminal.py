@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -146,6 +147,21 @@ def prepared() -> Iterator[None]:
         with contextlib.suppress(ValueError):
             if number not in before and signal.getsignal(number) == signal.SIG_DFL:
                 before[number] = signal.signal(number, stop)
+    unraisable = sys.unraisablehook
+
+    def ask_again(lost: Any) -> None:
+        """A request that came while Python ran a callback of its own, which lets no exception out, would be lost."""
+        nonlocal asked
+        if not isinstance(lost.exc_value, KeyboardInterrupt):
+            unraisable(lost)
+            return
+        asked = -math.inf
+        number = lost.exc_value.number if isinstance(lost.exc_value, Terminated) else signal.SIGINT
+        again = threading.Timer(0.05, os.kill, (os.getpid(), number))  # not here: nothing gets out of this function either
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = ask_again
     notes, log = _Notes(), logging.getLogger("ngpt")
     log.addHandler(notes)
     with warnings.catch_warnings():
@@ -157,5 +173,6 @@ def prepared() -> Iterator[None]:
             yield
         finally:
             log.removeHandler(notes)
+            sys.unraisablehook = unraisable
             for number, handler in before.items():
                 signal.signal(number, handler)

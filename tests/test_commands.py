@@ -335,6 +335,22 @@ def test_a_signal_cleans_up(name, number, code, tiny_engine_folder, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+def test_a_request_that_comes_in_a_callback_of_python_is_not_lost(number, code, monkeypatch, capsys):
+    class Interrupted:
+        def __del__(self):
+            signal.raise_signal(number)
+
+    def work(_):
+        Interrupted()
+        time.sleep(10)
+
+    monkeypatch.setattr("scripts.commands.planning._plan", work)
+    start = time.monotonic()
+    assert main(["plan"]) == code and time.monotonic() - start < 5
+    assert capsys.readouterr().err == f"ngpt-deploy plan: stopped by {number.name}\n"
+
+
 def test_a_second_request_does_not_interrupt_the_cleaning(tiny_engine_folder, tmp_path, monkeypatch):
     from scripts.terminal import Terminated, prepared
 
