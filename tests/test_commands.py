@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -398,6 +399,16 @@ def test_json_is_alone_on_standard_output(tiny_engine_folder, tmp_path, capsys):
         assert main([str(arg) for arg in args]) == 0
         found = json.loads(capsys.readouterr().out)
     assert found["verdict"] == "pass" and (report / found["html"]).is_file()
+
+
+def test_verify_does_not_write_over_the_report_that_the_engine_was_packed_with(tiny_engine_folder, tmp_path, capsys):
+    engine = tmp_path / "engine"
+    shutil.copytree(tiny_engine_folder, engine)
+    (tmp_path / "link").symlink_to("engine")
+    for report in (engine, tmp_path / "link"):
+        assert main(["verify", str(engine), "--checkpoint", str(TINY), "--decode-steps", "1", "--report", str(report)]) == 2
+        assert "--report is the engine's own folder" in capsys.readouterr().err
+    assert main(["inspect", str(engine)]) == 0
 
 
 def test_verify_is_readable_without_it(tiny_engine_folder, tmp_path, capsys):
