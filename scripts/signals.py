@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from types import FrameType
@@ -32,8 +33,7 @@ class Stopping:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """The handler."""
         if _importing(frame):
-            signal.signal(signal.SIGALRM, lambda _, later: self(number, later))
-            signal.setitimer(signal.ITIMER_REAL, _AGAIN)
+            self._later(number)
             return
         if number == signal.SIGINT:
             self.number = number
@@ -41,6 +41,21 @@ class Stopping:
         if time.monotonic() - self._cleaning_since > PATIENCE:  # cleaning up is not interrupted by the same request
             self.number, self._cleaning_since = number, time.monotonic()
             raise Terminated
+
+    def not_lost(self, what: Any) -> bool:
+        """Whether this exception that Python let nobody catch was a request, which is then made again.
+
+        One that comes in a callback of Python's own (a finaliser, a weak reference) is printed and forgotten.
+        """
+        if not isinstance(what.exc_value, KeyboardInterrupt) or self.number is None:
+            return False
+        self._cleaning_since = -math.inf
+        self._later(self.number)
+        return True
+
+    def _later(self, number: int) -> None:
+        signal.signal(signal.SIGALRM, lambda _, frame: self(number, frame))
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN)
 
 
 def _importing(frame: FrameType | None) -> bool:
@@ -64,9 +79,12 @@ def stopping() -> Iterator[Stopping]:
         with contextlib.suppress(ValueError):
             if signal.getsignal(number) == default:
                 before[number] = signal.signal(number, state)
+    usually = sys.unraisablehook
+    sys.unraisablehook = lambda what: None if state.not_lost(what) else usually(what)
     try:
         yield state
     finally:
+        sys.unraisablehook = usually
         if before:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():

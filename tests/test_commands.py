@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -345,6 +346,22 @@ def test_ending_imports_nothing_for_an_import_may_be_what_was_stopped():
     assert done.stdout == "set()\n" and done.stderr.count("\n") == 2
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+def test_a_request_that_comes_in_a_callback_of_python_is_not_lost(number, code, monkeypatch, capsys):
+    class Interrupted:
+        def __del__(self):
+            signal.raise_signal(number)
+
+    def work(_):
+        Interrupted()
+        time.sleep(10)
+
+    monkeypatch.setattr("scripts.commands.planning._plan", work)
+    start = time.monotonic()
+    assert main(["plan"]) == code and time.monotonic() - start < 5
+    assert capsys.readouterr().err == f"ngpt-deploy plan: stopped by {number.name}\n"
+
+
 def test_a_second_request_does_not_interrupt_the_cleaning(tiny_engine_folder, tmp_path, monkeypatch):
     from scripts.signals import Terminated, stopping
 
@@ -407,6 +424,16 @@ def test_json_is_alone_on_standard_output(tiny_engine_folder, tmp_path, capsys):
         assert main([str(arg) for arg in args]) == 0
         found = json.loads(capsys.readouterr().out)
     assert found["verdict"] == "pass" and (report / found["html"]).is_file()
+
+
+def test_verify_does_not_write_over_the_report_that_the_engine_was_packed_with(tiny_engine_folder, tmp_path, capsys):
+    engine = tmp_path / "engine"
+    shutil.copytree(tiny_engine_folder, engine)
+    (tmp_path / "link").symlink_to("engine")
+    for report in (engine, tmp_path / "link"):
+        assert main(["verify", str(engine), "--checkpoint", str(TINY), "--decode-steps", "1", "--report", str(report)]) == 2
+        assert "--report is the engine's own folder" in capsys.readouterr().err
+    assert main(["inspect", str(engine)]) == 0
 
 
 def test_verify_is_readable_without_it(tiny_engine_folder, tmp_path, capsys):

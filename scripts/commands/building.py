@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.target import AUTO, DEFAULT, Target, load_target, with_kv_cache
-from ngpt.errors import ParityFailedError
+from ngpt.errors import BuildError, ParityFailedError
 from scripts.commands.options import Bar, Command, add_text, positive
 from scripts.terminal import plain
 
@@ -120,7 +120,13 @@ def _verify(args: argparse.Namespace) -> int:
 
     engine = args.engine.absolute()  # a name of its own, too, where "." was given
     verify_files(engine, read_manifest(engine))
-    report = args.report or engine.with_name(engine.name + "-parity")
+    beside = engine.with_name(engine.name + "-parity")
+    report = args.report or beside
+    if report.exists() and report.samefile(engine):
+        raise BuildError(
+            "--report is the engine's own folder, whose report is part of it", expected="another folder", found=str(report),
+            remedy=f"leave --report out: it is then {beside}",
+        )  # fmt: skip
     # The text of the comparison is the engine's own: it may have been built with another tokenizer than the checkpoint's.
     own = engine if (engine / "tokenizer.json").is_file() else None
     with open_checkpoint(args.checkpoint, tokenizer=own) as checkpoint:
