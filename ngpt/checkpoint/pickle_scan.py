@@ -34,6 +34,7 @@ _INERT_CALLS = frozenset(
     {f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")}
     | {f"numpy.{core}.numeric._frombuffer" for core in ("core", "_core")}
     | {f"numpy.random._pickle.__{name}_ctor" for name in ("bit_generator", "generator", "randomstate")}
+    | {f"numpy.random.bit_generator.__pyx_unpickle_{name}" for name in ("SeedSequence", "SeedlessSeedSequence")}  # NumPy 2
     | {f"pathlib.{name}" for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path", "PurePath")}
     | {f"pathlib._local.{name}" for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")}
     | {f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")}

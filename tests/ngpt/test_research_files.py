@@ -119,6 +119,8 @@ CONFIGS = {
         torch.nn.Parameter(torch.ones(2)),
     ],
     "numpy": [np.float32(1), np.int64(2), np.arange(3), np.zeros((2, 2), "f2"), np.dtype("i4"), np.random.default_rng(0)],
+    "bit generators": [getattr(np.random, name)(0) for name in ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")],
+    "a random state": np.random.RandomState(0),
     "random": [random.getstate(), random.Random(1)],
     "a class": GPTConfig,
 }
