@@ -14,7 +14,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from types import ModuleType
 
-from ngpt.errors import MissingPackageError
+from ngpt.errors import missing_package
 
 OLDEST_TRANSFORMERS = (5, 4)
 """Its base class of configurations is the first that is a dataclass. `make matrix` runs the tests with this version and the newest."""
@@ -27,16 +27,12 @@ _WATCHED = {_CONFIGS, _MODELS, "ngpt.config", "ngpt.layers", "ngpt.model"} | {
 
 def check_installed() -> None:
     """Raise MissingPackageError, naming what to install, unless torch and a transformers of 5.4 or later are installed."""
-    wanted = "transformers>=" + ".".join(map(str, OLDEST_TRANSFORMERS))
-    remedy = f"pip install torch '{wanted},<6' (ngpt-deploy's extra 'torch')"
     for package in ("torch", "transformers"):
         if not _installed(package):
-            raise MissingPackageError(f"nGPT's PyTorch classes need {package}", found="it is not installed", remedy=remedy)
+            raise missing_package(f"nGPT's PyTorch classes need {package}", "torch", found="it is not installed")
     if not _new_enough():
-        raise MissingPackageError(
-            "nGPT's PyTorch classes need another transformers", expected=wanted.removeprefix("transformers"),
-            found=sys.modules["transformers"].__version__, remedy=remedy,
-        )  # fmt: skip
+        found = f"transformers {sys.modules['transformers'].__version__}"
+        raise missing_package("nGPT's PyTorch classes need another transformers", "torch", found=found)
 
 
 def register() -> None:

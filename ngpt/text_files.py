@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -243,15 +244,10 @@ def load_tokenizer(path: Path) -> Any:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise MissingPackageError("reading a tokenizer needs the package tokenizers", remedy="pip install tokenizers") from error
-    try:
+    with _library_errors(
+        f"{path} is no tokenizer", "a tokenizer.json of the tokenizers library", "copy or download the file again"
+    ):
         tokenizer = Tokenizer.from_str(path.read_bytes().decode("utf-8-sig"))
-    except BaseException as error:  # the library raises bare Exception, and a PanicException that is not even that
-        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
-            raise
-        raise CorruptFileError(
-            f"{path} is no tokenizer", expected="a tokenizer.json of the tokenizers library", found=" ".join(str(error).split())[:200],
-            remedy="copy or download the file again",
-        ) from error  # fmt: skip
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if (growth := _growth(tokenizer.normalizer)) > MAX_GROWTH:
@@ -276,16 +272,19 @@ def _growth(normalizer: Any) -> float:
 
 
 def _encode(tokenizer: Any, text: str, path: Path) -> list[int]:
-    try:
+    with _library_errors(f"{path} cannot encode {shown(text)}", "", "use the tokenizer that the model was trained with"):
         return list(tokenizer.encode(text).ids)
+
+
+@contextlib.contextmanager
+def _library_errors(what: str, expected: str, remedy: str) -> Iterator[None]:
+    """`CorruptFileError` for what the tokenizers library raises: bare Exception, and a PanicException that is not even that."""
+    try:
+        yield
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
-        raise CorruptFileError(
-            f"{path} cannot encode {shown(text)}",
-            found=" ".join(str(error).split())[:200],
-            remedy="use the tokenizer that the model was trained with",
-        ) from error
+        raise CorruptFileError(what, expected=expected, found=" ".join(str(error).split())[:200], remedy=remedy) from error
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the commands say to a terminal, and how they end: one line for an error, whatever it was; clean-up on a signal."""
+"""What the commands say to a terminal, and how they end: one line for an error, whatever it was."""
 
 from __future__ import annotations
 

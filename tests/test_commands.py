@@ -5,10 +5,8 @@ import os
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -277,6 +275,13 @@ def test_links_that_loop_are_words(args, tmp_path, monkeypatch, capsys):
     assert [path.name for path in Path().iterdir()] == ["loop"]
 
 
+@pytest.mark.parametrize("path", ["a" * 300, "a\0b"])
+def test_names_that_no_file_can_have_are_an_error_in_one_line(path, tmp_path, capsys):
+    for args in (["build", "--checkpoint", path, "--output", str(tmp_path / "engine")], ["serve", path]):
+        assert main(args) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 def test_a_folder_whose_name_cannot_be_shown_gives_one_that_can():
     assert engine_name(None, "/models/a\x1bb\udcff") == "a?b?" and engine_name(None, "/") == "ngpt"
 
@@ -291,123 +296,6 @@ def test_arguments_that_are_not_text_are_refused_in_words(tiny_engine_folder, ca
         main(["plan", "--no-such-\x1b[31m" + "x" * 10_000])
     err = capsys.readouterr().err
     assert "\x1b" not in err and len(err) < 1500
-
-
-# Signals
-
-# Runs a command that stops for a minute where the function named first is called.
-WAITING = """
-import importlib, sys, time
-
-module, name = sys.argv[1].split(":")
-def wait(*args, **kwargs):
-    print("there", flush=True)
-    time.sleep(60)
-setattr(importlib.import_module(module), name, wait)
-from scripts.cli import main
-sys.exit(main(sys.argv[2:]))
-"""
-WAITS = {
-    "build": ("engines.build:export_graph", ["--checkpoint", str(GOLDEN / "gqa"), "--output", "{}/out"]),
-    "convert": ("ngpt.checkpoint.save:_write", ["--checkpoint", str(GOLDEN / "gqa"), "--output", "{}/out"]),
-    "package": ("triton_repo.package:_copy_engine", ["{engine}", "--output", "{}/out"]),
-    "generate": ("engines.runtime.engine:_pieces", ["x", "--engine", "{engine}"]),
-}
-
-
-def waiting(name, engine, folder):
-    place, args = WAITS[name]
-    words = [arg.replace("{}", str(folder)).replace("{engine}", str(engine)) for arg in args]
-    process = subprocess.Popen(
-        [sys.executable, "-c", WAITING, place, name, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "there\n", process.stderr.read()
-    return process
-
-
-@pytest.mark.parametrize(
-    ("name", "number", "code"),
-    [*((name, signal.SIGTERM, 143) for name in WAITS), ("package", signal.SIGHUP, 129), ("package", signal.SIGINT, 130)],
-)
-def test_a_signal_cleans_up(name, number, code, tiny_engine_folder, tmp_path):
-    process = waiting(name, tiny_engine_folder, tmp_path)
-    assert len(list(tmp_path.iterdir())) == (name != "generate")
-    process.send_signal(number)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == code and err == f"ngpt-deploy {name}: stopped by {signal.Signals(number).name}\n"
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_ending_imports_nothing_for_an_import_may_be_what_was_stopped():
-    code = "import sys, scripts.terminal as t; before = set(sys.modules); t.fail('x', KeyboardInterrupt()); t.fail('x', OSError(5, 'no'))"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}; print(set(sys.modules) - before)"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.stdout == "set()\n" and done.stderr.count("\n") == 2
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
-def test_a_request_that_comes_in_a_callback_of_python_is_not_lost(number, code, monkeypatch, capsys):
-    class Interrupted:
-        def __del__(self):
-            signal.raise_signal(number)
-
-    def work(_):
-        Interrupted()
-        time.sleep(10)
-
-    monkeypatch.setattr("scripts.commands.planning._plan", work)
-    start = time.monotonic()
-    assert main(["plan"]) == code and time.monotonic() - start < 5
-    assert capsys.readouterr().err == f"ngpt-deploy plan: stopped by {number.name}\n"
-
-
-def test_a_second_request_does_not_interrupt_the_cleaning(tiny_engine_folder, tmp_path, monkeypatch):
-    from scripts.signals import Terminated, stopping
-
-    with stopping():
-        with pytest.raises(Terminated):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(5)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.01)
-        monkeypatch.setattr("scripts.signals.PATIENCE", 0.0)
-        with pytest.raises(Terminated):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(5)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-
-
-def test_a_signal_that_became_another_error_on_its_way_is_still_a_signal(capsys, monkeypatch):
-    """A library that is halfway imported turns the exception into one of its own."""
-
-    def load(_args):
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(5)
-        except KeyboardInterrupt:
-            raise AttributeError("module 'numpy' has no attribute 'dtype'") from None
-
-    monkeypatch.setattr("scripts.commands.planning._plan", load)
-    assert main(["plan"]) == 143
-    assert capsys.readouterr().err == "ngpt-deploy plan: stopped by SIGTERM\n"
-
-
-def test_what_a_kill_leaves_is_swept_by_the_next_command_whichever_it_is(tiny_engine_folder, tmp_path, capsys):
-    killed = [waiting(name, tiny_engine_folder, tmp_path) for name in ("convert", "package")]
-    for process in killed:
-        process.kill()
-        process.communicate()
-    assert len(list(tmp_path.iterdir())) == 2
-    alive = waiting("package", tiny_engine_folder, tmp_path)
-    try:
-        assert main(["convert", "--checkpoint", str(GOLDEN / "gqa"), "--output", str(tmp_path / "hf")]) == 0
-        left = [path.name for path in tmp_path.iterdir() if path.name != "hf"]
-        assert len(left) == 1 and left[0].endswith(".ngpt-partial")
-    finally:
-        alive.terminate()
-        alive.communicate()
-    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 # Output
@@ -442,21 +330,3 @@ def test_verify_is_readable_without_it(tiny_engine_folder, tmp_path, capsys):
     out = capsys.readouterr().out
     assert re.search(r"^decode_steps +4$", out, re.M) and out.splitlines()[-1].startswith("parity   pass")
     assert max(map(len, out.splitlines())) < 300
-
-
-@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&-"])
-def test_streams_that_the_caller_closed_lead_nowhere(closed):
-    """An error is not printed to standard output because there is no standard error."""
-    for words, code in (("plan --json", 0), ("inspect /no/such/folder", 2)):
-        run = subprocess.run(
-            ["bash", "-c", f"{sys.executable} -m scripts.cli {words} {closed}"], cwd=ROOT, capture_output=True, text=True
-        )
-        assert run.returncode == code and "Traceback" not in run.stderr
-        assert code == 0 or run.stdout == ""
-
-
-@pytest.mark.parametrize("path", ["a" * 300, "a\0b"])
-def test_names_that_no_file_can_have_are_an_error_in_one_line(path, tmp_path, capsys):
-    for args in (["build", "--checkpoint", path, "--output", str(tmp_path / "engine")], ["serve", path]):
-        assert main(args) == 2
-        assert len(capsys.readouterr().err.splitlines()) == 1
