@@ -16,6 +16,7 @@ from tests.conftest import TINY, Golden
 from tests.ngpt.making import tokenizer
 from triton_repo import TritonServer, package_engine
 from triton_repo.client import generate_tokens
+from triton_repo.llmapi import package_checkpoint
 
 
 def checkpoint(case, folder, **files):
@@ -50,7 +51,7 @@ def test_a_second_end_token_that_only_generation_config_lists_ends_the_text(tmp_
     assert read_manifest(repository / "tensorrt_llm" / "1" / "engine").model.eos_token_ids == (255, second)
 
 
-def test_build_and_convert_take_a_tokenizer_and_end_tokens(tmp_path, capsys):
+def test_build_convert_and_verify_take_a_tokenizer_and_end_tokens(tmp_path):
     case = Golden("research-checkpoint")
     (tmp_path / "gpt2").mkdir()
     (tmp_path / "gpt2" / "tokenizer.json").write_text(tokenizer(("<|endoftext|>", "<pad>"), 90).to_str())
@@ -63,9 +64,10 @@ def test_build_and_convert_take_a_tokenizer_and_end_tokens(tmp_path, capsys):
     assert main(["convert", *text, "--eos", "<pad>", "--eos", "3", "--output", str(tmp_path / "hf")]) == 0
     model = NGPTForCausalLM.from_pretrained(tmp_path / "hf")
     assert model.generation_config.eos_token_id == [91, 3] and (tmp_path / "hf" / "tokenizer.json").is_file()
-    assert main(["verify", str(tmp_path / "engine"), "--checkpoint", str(case.folder), "--decode-steps", "4", "--json"]) == 0
-    captured = capsys.readouterr()
-    assert '"positions"' in captured.out, "the verification read its texts with the engine's tokenizer"
+    assert main(["verify", str(tmp_path / "engine"), "--checkpoint", str(case.folder), "--decode-steps", "4"]) == 0
+    report = json.loads((tmp_path / "engine-parity" / "parity.json").read_text())
+    named = [sequence["name"] for sequence in report["sequences"]]
+    assert "text 0" in named, "the checkpoint has no tokenizer: the texts were read with the engine's"
 
 
 @pytest.mark.parametrize("files, error", [
@@ -117,6 +119,20 @@ def test_an_option_that_the_engines_runtime_would_not_see_is_refused(option, tok
         package_engine(tokens_engine, tmp_path / "models", allow_unverified=True, **option)
     command = ["package", str(tokens_engine), "--output", str(tmp_path / "models"), "--allow-unverified"]
     assert main([*command, "--tp", "2"]) == 2 and main([*command, "--module", "a.py"]) == 2
+
+
+def test_an_option_of_an_engine_is_refused_for_a_checkpoint(tmp_path, capsys):
+    command = ["package", str(TINY), "--output", str(tmp_path / "models"), "--allow-unverified"]
+    for option in (["--threads", "2"], ["--mount", "/elsewhere"]):
+        assert main([*command, *option]) == 2 and option[0] in capsys.readouterr().err
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_packaged_checkpoint_states_the_ends_that_were_given(tmp_path):
+    made = package_checkpoint(TINY, tmp_path / "models", allow_unverified=True, eos=["<pad>", 5])
+    folder = made / "tensorrt_llm" / "1" / "checkpoint"
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((folder / name).read_text())["eos_token_id"] == [0, 5]
 
 
 def test_the_golden_text_does_not_end_early_without_end_tokens(tokens_engine):

@@ -65,7 +65,9 @@ def test_a_large_deviation_is_refused_with_two_ways_on(tmp_path):
 
 
 def test_the_limit_lies_where_it_is_said_to(tmp_path):
-    for number, (factor, refused) in enumerate([(1 + 0.9 * OFF_SPHERE_LIMIT, False), (1 + 1.1 * OFF_SPHERE_LIMIT, True)]):
+    for number, (factor, refused) in enumerate(
+        [(1 + 0.9 * OFF_SPHERE_LIMIT, False), (1 + 1.1 * OFF_SPHERE_LIMIT, True), (1.004, False), (1.02, True)]
+    ):
         with open_checkpoint(scaled(tmp_path / str(number), {UP: {0: factor}})) as checkpoint:
             if refused:
                 with pytest.raises(TensorValueError, match="up_proj"):
