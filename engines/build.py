@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,10 @@ from ngpt.checkpoint import Checkpoint, open_checkpoint
 from ngpt.checkpoint.base import OffSphere
 from ngpt.errors import BuildError, TargetError, os_trouble
 from ngpt.folder import check_free, new_folder
+from ngpt.progress import Progress, part_of, silent
 from ngpt.text_files import End
 from ngpt.weights import Weights
 
-Progress = Callable[[str, float], None]
-"""Called as progress(what is being done, fraction done of all)."""
 ONNX_NAME, PLAN_NAME = "model.onnx", "model.engine"
 MAX_NAME = 200
 _NUMPY = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -55,7 +54,7 @@ def build_engine(
     off_sphere: OffSphere = "refuse",
     tokenizer: str | Path | None = None,
     eos: Sequence[End] = (),
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Path:
     """Build the engine of a checkpoint for a target; returns the folder.
 
@@ -71,7 +70,7 @@ def build_engine(
     """
     engine_name(name, checkpoint)  # refused before anything is read
     chosen = with_kv_cache(choose_target(target, precision), kv_cache)
-    folder, report = Path(output), progress or (lambda what, done: None)
+    folder = Path(output)
     opening: dict[str, Any] = {"off_sphere": off_sphere, "tokenizer": tokenizer, "eos": eos}
     if chosen.runtime == "tensorrt_llm":
         from engines.trtllm import build_trtllm
@@ -87,17 +86,17 @@ def build_engine(
     with open_checkpoint(checkpoint, **opening) as opened:
         if chosen.gpu is not None:
             check_fits(opened.spec, chosen)
-        opened.validate(lambda done, total, what: report(f"checking {what}", 0.2 * done / max(total, 1)))
+        opened.validate(part_of(progress, 0.0, 0.2))
         opened.report_notes()
         # While it is verified, a second graph with outputs for its hidden states lies beside the first.
         graphs = 2 if verify and chosen.on_onnx else 1
         with new_folder(folder, needed=_estimate(opened, chosen) * graphs) as work:
-            flags = _write_network(opened, chosen, library, work, lambda what, part: report(what, 0.2 + 0.5 * part))
+            flags = _write_network(opened, chosen, library, work, part_of(progress, 0.2, 0.7))
             opened.text.copy_to(work)
             manifest = describe(opened, chosen, library, engine_name(name, checkpoint), flags)
             finish(work, manifest)
             if verify and runs_here(chosen):
-                report("verifying against PyTorch", 0.75)
+                progress("verifying against PyTorch", 0.75)
                 try:
                     manifest["parity"] = verify_folder(work, opened, scratch=work.parent)
                 except ServingError as error:
@@ -107,7 +106,7 @@ def build_engine(
                     # unverified and why, and the packager refuses it.
                     manifest["target"]["note"] = f"could not be run here: {error}"[:2000]
                 finish(work, manifest)
-            report("done", 1.0)
+            progress("done", 1.0)
     return folder
 
 

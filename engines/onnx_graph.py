@@ -13,9 +13,9 @@ from engines.target import Target
 from export.weights import DeployedWeights
 from ngpt.checkpoint import Checkpoint
 from ngpt.errors import missing_package
+from ngpt.progress import Progress, silent
 from ngpt.weights import Weights
 
-Progress = Callable[[str, float], None]
 # Protobuf ends at 2 GB, and a file that is mapped beats one that is parsed long before that.
 EXTERNAL_DATA_FROM = 64 << 20
 # The suffix under which transformers.js looks for the weights of a graph.
@@ -31,7 +31,7 @@ class Graph(NamedTuple):
 
 
 def export_graph(
-    weights: DeployedWeights, target: Target, path: Path, progress: Progress | None = None, taps: tuple[str, ...] = ()
+    weights: DeployedWeights, target: Target, path: Path, progress: Progress = silent, taps: tuple[str, ...] = ()
 ) -> Graph:
     """Write the target's ONNX graph; tensors are read, folded, quantised and written one at a time.
 
@@ -49,8 +49,7 @@ def export_graph(
     sizes = [value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None]
 
     def step(tensor: Any, info: Any) -> None:
-        if progress is not None:
-            progress(f"writing {tensor.name}", info.index / max(info.total, 1))
+        progress(f"writing {tensor.name}", info.index / max(info.total, 1))
 
     external_data = sum(sizes) >= EXTERNAL_DATA_FROM
     if not external_data:

@@ -12,8 +12,9 @@ from typing import Any
 from engines.target import Profile, Target
 from export.lowerings.spool import Spool
 from export.lowerings.tensorrt import TensorRT
-from export.lowerings.tensorrt_library import Library, Progress
+from export.lowerings.tensorrt_library import Library
 from export.weights import DeployedWeights
+from ngpt.progress import Progress, silent
 from ngpt.spec import NGPTSpec
 
 PREFILL, DECODE = 0, 1
@@ -27,7 +28,7 @@ def build_plan(
     path: Path,
     *,
     taps: Sequence[str] = (),
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> int:
     """Define and build the target's plan into `path`; returns its bytes.
 

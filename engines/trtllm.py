@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import export.trtllm
-from engines.build import BYTES_PER_WEIGHT, Progress, describe, engine_name, finish
+from engines.build import BYTES_PER_WEIGHT, describe, engine_name, finish
 from engines.sizing import check_fits
 from engines.target import Target
 from export.lowerings.tensorrt_layers import ARITHMETIC
@@ -35,6 +35,7 @@ from export.weights import DeployedWeights
 from ngpt.checkpoint import Checkpoint, open_checkpoint
 from ngpt.errors import BuildError
 from ngpt.folder import check_free, new_folder
+from ngpt.progress import Progress, part_of, silent
 from ngpt.spec import NGPTSpec
 from ngpt.weights import Weights
 
@@ -52,25 +53,24 @@ def build_trtllm(
     *,
     opening: Mapping[str, Any] | None = None,
     name: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Path:
     """Make the output folder, whole or not at all; it has a manifest.json if trtllm-build ran.
 
     `opening`: options of `open_checkpoint`. Raises the checkpoint's errors, UnsupportedError (sizes that cannot be divided), TargetError (a rank that does not fit the card),
     OutputExistsError, BuildError (disk full, or trtllm-build failed: its last lines are in the message).
     """
-    report = progress or (lambda what, done: None)
     check_free(folder)
     with open_checkpoint(checkpoint, **(opening or {})) as opened:
         _check(opened.spec, target, parallel)
-        opened.validate(lambda done, total, what: report(f"checking {what}", 0.2 * done / max(total, 1)))
+        opened.validate(part_of(progress, 0.0, 0.2))
         opened.report_notes()
         program = shutil.which(_PROGRAM)
         with new_folder(folder, needed=_bytes(opened, target) * (1 if program is None else 3)) as work:
             (work / "checkpoint").mkdir()
             convert(
                 deployed(opened, target), work / "checkpoint", parallel, target.precision,
-                lambda what, part: report(what, 0.2 + 0.6 * part), kernels=_kernels(target), kv_cache=target.kv_cache,
+                part_of(progress, 0.2, 0.8), kernels=_kernels(target), kv_cache=target.kv_cache,
             )  # fmt: skip
             opened.text.copy_to(work)
             arguments = build_arguments(opened.spec, target, parallel)
@@ -78,7 +78,7 @@ def build_trtllm(
             (work / "build.sh").chmod(0o755)
             (work / "BUILD.md").write_text(instructions(target, parallel), encoding="utf-8")
             if program is not None:
-                report(f"{_PROGRAM} (minutes)", 0.8)
+                progress(f"{_PROGRAM} (minutes)", 0.8)
                 version = _run(program, work, arguments, parallel)
                 flags: dict[str, Any] = {"form": target.form, "tp": parallel.tp, "pp": parallel.pp, "kv_cache": target.kv_cache}
                 flags["trtllm_build"] = arguments
@@ -86,7 +86,7 @@ def build_trtllm(
                 manifest["graph"] = "engine/rank0.engine"
                 manifest["tools"]["tensorrt_llm"] = version
                 finish(work, manifest)
-            report("done", 1.0)
+            progress("done", 1.0)
     return folder
 
 

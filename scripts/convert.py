@@ -5,6 +5,7 @@ from typing import Any
 
 from engines.parity.effect import logit_effect
 from ngpt.checkpoint import Change, fold_scales, normalize, open_checkpoint, save_hf
+from ngpt.progress import Progress, part_of, silent
 
 
 def run(
@@ -14,18 +15,19 @@ def run(
     fold: bool = False,
     project: bool = False,
     with_code: bool = False,
+    progress: Progress = silent,
     **opening: Any,
 ) -> None:
     """Convert, and print what was done. `opening`: options of `open_checkpoint`. Raises the errors of reading and writing checkpoints."""
     with open_checkpoint(checkpoint, **opening) as original:
-        wanted, changes = normalize(original) if project else (original, [])
+        wanted, changes = normalize(original, part_of(progress, 0.0, 0.3)) if project else (original, [])
         if fold:
             result = fold_scales(wanted)  # which validates what it folds
         else:
-            wanted.validate()
+            wanted.validate(part_of(progress, 0.3, 0.6))
             result = wanted
         wanted.report_notes()
-        save_hf(result, output, with_code=with_code)
+        save_hf(result, output, with_code=with_code, progress=part_of(progress, 0.6, 1.0))
         print(f"checkpoint {output}")
         if not project:
             return

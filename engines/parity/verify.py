@@ -37,11 +37,10 @@ from engines.parity.scheme import scheme
 from engines.parity.trace import Trace
 from ngpt.checkpoint import Checkpoint, expected_tensors, open_checkpoint
 from ngpt.errors import EngineError
+from ngpt.progress import Progress, silent
 
 FLOAT64_LIMIT_BYTES = 8 << 30
 PARITY_SLOTS = 3  # enough for ragged batches, and for sequences that reuse a slot
-
-Progress = Callable[[int, int, str], None]
 
 
 def verify(
@@ -58,7 +57,7 @@ def verify(
     taps: TapFunction | None = None,
     float64_limit_bytes: int = FLOAT64_LIMIT_BYTES,
     name: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> ParityReport:
     """Compare an engine, teacher-forced, with `NGPTForCausalLM` on the same checkpoint.
 
@@ -68,7 +67,7 @@ def verify(
     ``block_size`` for ONNX Runtime's quantised weights; ``quantization`` states another scheme. ``taps`` gives the engine's
     hidden states, ids [T] to name -> [T, E], for the check layer by layer. The reference is float64 where the model fits in
     ``float64_limit_bytes``, else float32; the report says which. ``name`` heads the report (default: the manifest's).
-    ``progress(done, total, what)``.
+    ``progress(what, part)``.
 
     Raises `EngineError` if the engine misbehaves, `CheckpointError` or `ConfigError` for bad input. A numerical
     disagreement is no exception: it is the verdict "fail".
@@ -103,7 +102,7 @@ class _Work:
         precision: str,
         quantization: Quantization | None,
         limit: int,
-        progress: Progress | None,
+        progress: Progress,
     ) -> None:
         self.precision = precision
         self.quantization = quantization
@@ -114,8 +113,7 @@ class _Work:
         self.wide = "float64" if 8 * parameters <= limit else "float32"
 
     def tell(self, what: str) -> None:
-        if self.progress is not None:
-            self.progress(self.done, self.steps, what)
+        self.progress(what, self.done / self.steps)
         self.done += 1
 
     def original(

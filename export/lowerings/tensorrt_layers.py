@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from export.lowerings.base import Lowering
 from export.lowerings.spool import Spool
-from export.lowerings.tensorrt_library import Library, Progress
+from export.lowerings.tensorrt_library import Library
 from export.quantize import quantize, quantize_fp8
 from export.weights import DeployedWeights
 from ngpt.errors import UnsupportedError
+from ngpt.progress import Progress, silent
 
 ARITHMETIC = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "fp16", "fp8": "fp16", "int4": "fp16"}
 """Precision of an engine -> type of its arithmetic. Unit-norm states fit float16, whose steps are 8 times finer than bfloat16's."""
@@ -31,7 +32,7 @@ class TensorRTLayers(Lowering[Any]):
         network: Any,
         spool: Spool,
         precision: str = "fp16",
-        progress: Progress | None = None,
+        progress: Progress = silent,
         architecture: int = 80,
     ) -> None:
         """`network` is empty. `architecture`: the compute capability plugins are compiled for, in tens and units (90 is 9.0)."""
@@ -164,9 +165,8 @@ class TensorRTLayers(Lowering[Any]):
 
     def matmul(self, name: str, x: Any, parts: Sequence[str]) -> Any:
         """x times the stacked matrices of `parts` (transposed), plus their stacked biases."""
-        if self.progress is not None:
-            layer = name.split(".")[1] if "." in name else str(self.spec.num_layers)
-            self.progress(f"reading {name}", int(layer) / (self.spec.num_layers + 1))
+        layer = name.split(".")[1] if "." in name else str(self.spec.num_layers)
+        self.progress(f"reading {name}", int(layer) / (self.spec.num_layers + 1))
         columns = self.weights.shape(f"{parts[0]}.weight")[1]
         rows = sum(self.weights.shape(f"{part}.weight")[0] for part in parts)
         lead = (1,) * (len(x.shape) - 2)

@@ -8,14 +8,13 @@ tensorrt_rtx 1.7.1 builds in this project's tests; `tensorrt` itself is contract
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ngpt.errors import BuildError, UnsupportedError, missing_package
+from ngpt.progress import Progress, silent
 
 _EXTRA = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
-Progress = Callable[[str, float], None]
 
 
 def load_library(name: str) -> Library:
@@ -73,10 +72,10 @@ class Library:
         self.check("a new network")
         return builder, network
 
-    def build(self, builder: Any, network: Any, config: Any, path: Path, progress: Progress | None = None) -> int:
+    def build(self, builder: Any, network: Any, config: Any, path: Path, progress: Progress = silent) -> int:
         """Build the plan into a file, streamed where the library can; returns its bytes. Raises BuildError."""
         # The library reports progress from a thread of its own and needs the interpreter's lock for it.
-        config.progress_monitor = _monitor(self.trt, progress) if progress is not None else None
+        config.progress_monitor = None if progress is silent else _monitor(self.trt, progress)
         with path.open("wb") as file:
             if hasattr(builder, "build_serialized_network_to_stream"):
                 done = builder.build_serialized_network_to_stream(network, config, _writer(self.trt, file))

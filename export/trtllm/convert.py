@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from export.lowerings.tensorrt_library import Progress
 from export.trtllm.config import storage_dtype, trtllm_config
 from export.trtllm.fp8 import LARGEST, activation_scale, cache_scale, weight_scale
 from export.trtllm.layout import MODULES, Entry, Part, rank_layout
@@ -17,6 +16,7 @@ from export.trtllm.parallel import Parallel
 from export.trtllm.rank_file import RankFile
 from export.weights import Array, DeployedWeights
 from ngpt.errors import UnsupportedError
+from ngpt.progress import Progress, silent
 
 _BLOCK = 1 << 22  # elements rounded at once
 _SCALES = ("weights_scaling_factor", "activation_scaling_factor")
@@ -28,7 +28,7 @@ def convert(
     folder: Path,
     parallel: Parallel,
     precision: str,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     *,
     kernels: int | None = None,
     kv_cache: str = "auto",
@@ -64,8 +64,7 @@ def convert(
                 files[rank].write(_CACHE_SCALE.format(local), 0, torch.tensor([number]))
         wanted = _by_source(layouts)
         for done, source in enumerate(weights.names()):
-            if progress is not None:
-                progress(f"converting {source}", done / len(weights.names()))
+            progress(f"converting {source}", done / len(weights.names()))
             is_matrix = wanted[source][0][2].kind == "matrix"
             scale = scales.of(source) if scales is not None and is_matrix else None
             value = weights.get(source)  # after the scale, which reads tensors of its own

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
@@ -17,6 +17,7 @@ from ngpt.checkpoint.table import FLOAT_DTYPES, LM_HEAD, expected_tensors
 from ngpt.checkpoint.values import OFF_SPHERE_LIMIT, Deviation, check_values
 from ngpt.config_keys import tidy
 from ngpt.errors import DtypeError, MissingTensorError, ShapeError, TensorValueError, UnexpectedTensorError, shown
+from ngpt.progress import Progress, silent
 from ngpt.spec import NGPTSpec
 from ngpt.text_files import TextFiles
 
@@ -25,9 +26,6 @@ _LOG = logging.getLogger("ngpt")
 
 OffSphere = Literal["refuse", "allow"]
 """What to do with a checkpoint whose vectors are far off the unit sphere: not read it, or take what the file says."""
-
-Progress = Callable[[int, int, str], None]
-"""Called as progress(done, total, what)."""
 
 
 class Source(Protocol):
@@ -122,7 +120,7 @@ class Checkpoint:
             self._digest = "sha256:" + total.hexdigest()
         return self._digest
 
-    def validate(self, progress: Progress | None = None) -> None:
+    def validate(self, progress: Progress = silent) -> None:
         """Check the tokenizer's ids, then read every tensor once: its values are finite, and matrices on the unit sphere.
 
         Vectors whose norm differs from 1 by more than the rounding of their storage dtype, but by no more than
@@ -134,8 +132,7 @@ class Checkpoint:
         names = self.names()
         off: list[Deviation] = []
         for done, name in enumerate(names):
-            if progress is not None:
-                progress(done, len(names), name)
+            progress(f"checking {name}", done / len(names))
             found = check_values(name, self.get(name), table[name])
             if found is not None:
                 off.append(found)
@@ -143,8 +140,7 @@ class Checkpoint:
             self._judge(off)
         if self.spec.tied and LM_HEAD in names:
             self._check_tied()
-        if progress is not None:
-            progress(len(names), len(names), "")
+        progress("checked", 1.0)
 
     def _judge(self, off: list[Deviation]) -> None:
         worst = max(off, key=lambda deviation: deviation.size)

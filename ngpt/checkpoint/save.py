@@ -9,10 +9,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ngpt.checkpoint.base import Checkpoint, Progress
+from ngpt.checkpoint.base import Checkpoint
 from ngpt.checkpoint.opening import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from ngpt.errors import BuildError
 from ngpt.folder import new_folder
+from ngpt.progress import Progress, silent
 from ngpt.remote_code import add_code
 
 MAX_SHARD_BYTES = 2 << 30
@@ -24,7 +25,7 @@ def save_hf(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     with_code: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Path:
     """Write config.json, safetensors (sharded above ``max_shard_bytes``) and tokenizer files to a new folder.
 
@@ -43,7 +44,7 @@ def save_hf(
     return target
 
 
-def _write(checkpoint: Checkpoint, folder: Path, limit: int, progress: Progress | None) -> None:
+def _write(checkpoint: Checkpoint, folder: Path, limit: int, progress: Progress) -> None:
     config = {key: value for key, value in checkpoint.config.items() if key != "auto_map"}  # the code it names is not copied
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
@@ -52,8 +53,7 @@ def _write(checkpoint: Checkpoint, folder: Path, limit: int, progress: Progress 
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file_name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        if progress is not None:
-            progress(number - 1, len(shards), file_name)
+        progress(f"writing {file_name}", (number - 1) / len(shards))
         # Views of shared storage (halves of c_fc) must become tensors of their own.
         tensors = {name: checkpoint.get(name).contiguous().clone() for name in names}
         save_file(tensors, folder / file_name, metadata={"format": "pt"})

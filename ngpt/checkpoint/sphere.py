@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from ngpt.checkpoint.base import Checkpoint, Progress
+from ngpt.checkpoint.base import Checkpoint
 from ngpt.checkpoint.table import Expected, expected_tensors
 from ngpt.checkpoint.values import norms_of, off_sphere
+from ngpt.progress import Progress, silent
 
 _BLOCK = 1 << 21  # float64 elements in flight
 
@@ -30,7 +31,7 @@ class Change:
     relative: float
 
 
-def normalize(checkpoint: Checkpoint, progress: Progress | None = None) -> tuple[Checkpoint, list[Change]]:
+def normalize(checkpoint: Checkpoint, progress: Progress = silent) -> tuple[Checkpoint, list[Change]]:
     """(the checkpoint with every vector on the sphere, what that changed). Reads every matrix once.
 
     Only vectors off by more than the rounding of what they are stored in are scaled, in float64, and rounded to the tensor's
@@ -42,8 +43,7 @@ def normalize(checkpoint: Checkpoint, progress: Progress | None = None) -> tuple
     changes = []
     names = [name for name in checkpoint.names() if table[name].unit_axis is not None]
     for done, name in enumerate(names):
-        if progress is not None:
-            progress(done, len(names), name)
+        progress(f"normalizing {name}", done / len(names))
         found = _factors(checkpoint, name, table[name])
         if found is not None:
             factors[name], change = found

@@ -159,9 +159,16 @@ def _conclude(engine: Path, verdict: str, page: Path, *, quiet: bool = False) ->
 def _convert(args: argparse.Namespace) -> int:
     from scripts.convert import run
 
-    run(
-        args.checkpoint, args.output, fold=args.fold_scales, project=args.normalize, with_code=args.with_code, **_opening(args)
-    )  # fmt: skip
+    with Bar() as bar:
+        run(
+            args.checkpoint,
+            args.output,
+            fold=args.fold_scales,
+            project=args.normalize,
+            with_code=args.with_code,
+            progress=bar,
+            **_opening(args),
+        )
     return 0
 
 

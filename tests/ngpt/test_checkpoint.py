@@ -37,10 +37,11 @@ Q0 = "model.layers.0.self_attn.q_proj.weight"
 def test_golden_checkpoints_are_valid(name):
     seen = []
     with open_checkpoint(GOLDEN / name) as checkpoint:
-        checkpoint.validate(progress=lambda done, total, what: seen.append((done, total)))
+        checkpoint.validate(progress=lambda what, done: seen.append((what, done)))
         assert set(checkpoint.names()) == set(expected_tensors(checkpoint.spec))
         assert checkpoint.digest().startswith("sha256:")
-    assert seen[-1] == (len(checkpoint.names()),) * 2
+    assert len(seen) == len(checkpoint.names()) + 1 and seen[-1] == ("checked", 1.0)
+    assert [done for _, done in seen] == sorted(done for _, done in seen)
 
 
 def test_sharded_equals_single(tmp_path):
