@@ -50,11 +50,8 @@ def quantize(weight: NDArray[np.float32], bits: int | None, block: int, scale: s
     """
     rows, columns = weight.shape
     blocks = math.ceil(columns / block)
-    data: NDArray[Any]
-    if bits is None:
-        data = np.empty((rows, columns), _float8())
-    else:
-        data = np.empty((rows, blocks, block * bits // 8), np.uint8)
+    shape, kind = ((rows, columns), _float8()) if bits is None else ((rows, blocks, block * bits // 8), np.uint8)
+    data: NDArray[Any] = np.empty(shape, kind)
     scales = np.empty((rows, blocks), np.float32)
     step = max(1, _AT_ONCE // max(1, columns))
     for start in range(0, rows, step):
