@@ -22,6 +22,8 @@ from .scheduler import Scheduler
 from .text import TOKENIZER_NAME, TextStream, Tokenizer
 
 _USUAL_SLOTS = 8
+PREFILL_CHUNK, MAX_QUEUE = 256, 1024
+"""Where nothing else is asked for: tokens of a prompt that are read in one step, and requests that may wait for a slot."""
 OpenRunner = Callable[[Path, Manifest, int, int | None], Runner]
 """(engine folder, its manifest, slots, threads or None) -> the runner, its model loaded."""
 
@@ -55,8 +57,8 @@ class Engine:
         manifest: Manifest,
         tokenizer: Tokenizer | None = None,
         *,
-        prefill_chunk: int = 256,
-        max_queue: int = 1024,
+        prefill_chunk: int = PREFILL_CHUNK,
+        max_queue: int = MAX_QUEUE,
     ) -> None:
         self.runner = runner
         self.manifest = manifest
@@ -208,22 +210,42 @@ class Engine:
 
 
 def load_engine(
-    path: str | Path, *, num_slots: int | None = None, threads: int | None = None, verify_files: bool = True
+    path: str | Path,
+    *,
+    num_slots: int | None = None,
+    threads: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+    max_queue: int = MAX_QUEUE,
+    verify_files: bool = True,
 ) -> Engine:
-    """Loads an engine folder for `num_slots` sequences at a time: 8 unless given, or fewer if it was built for fewer.
+    """Load an engine folder.
 
-    threads: CPU threads of the runtime, None for its default. verify_files: compare every file's SHA-256 first
-    (without it, its size alone). Raises EngineFileError, MissingRuntimeError, RunnerError, RequestError (num_slots, threads).
+    Args:
+        path: the folder.
+        num_slots: sequences at a time; 8 if not given, or fewer if the engine was built for fewer.
+        threads: CPU threads of the runtime; its own choice if not given.
+        prefill_chunk: most tokens of a prompt that are read in one step. Other requests wait for a step, so a smaller number answers them
+            sooner, and a larger one reads long prompts faster.
+        max_queue: requests that may wait for a slot; further ones are refused with CapacityError.
+        verify_files: compare every file's SHA-256 first; without it, its size alone.
+
+    Raises:
+        EngineFileError: not a good engine folder. MissingRuntimeError: its library is not installed. RunnerError: the library failed.
+        RequestError: a number that is not at least 1.
     """
-    for name, value in (("num_slots", num_slots), ("threads", threads)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+    numbers = {"num_slots": num_slots, "threads": threads, "prefill_chunk": prefill_chunk, "max_queue": max_queue}
+    for name, value in numbers.items():
+        if name in ("num_slots", "threads") and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise RequestError(name, expected="an integer of at least 1", found=repr(value))
     folder = Path(path)
     manifest = read_manifest(folder)
     check_files(folder, manifest, digests=verify_files)
     tokenizer = Tokenizer.load(contained_path(folder, TOKENIZER_NAME)) if (folder / TOKENIZER_NAME).exists() else None
     slots = slots_for(manifest, _USUAL_SLOTS) if num_slots is None else num_slots
-    return Engine(open_runner(folder, manifest, slots, threads), manifest, tokenizer)
+    runner = open_runner(folder, manifest, slots, threads)
+    return Engine(runner, manifest, tokenizer, prefill_chunk=prefill_chunk, max_queue=max_queue)
 
 
 def open_runner(folder: Path, manifest: Manifest, num_slots: int, threads: int | None = None) -> Runner:
