@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from .compatibility import slots_for
 from .errors import ClosedError, EngineFileError, RequestError, RunnerError, ServingError
+from .events import TokenEvent
 from .manifest import Manifest, contained_path, read_manifest
 from .manifest import verify_files as check_files
-from .request import RequestHandle, TokenEvent
+from .request import RequestHandle
 from .runner import Runner, Tokens
 from .sampling import SamplingParams
 from .scheduler import Scheduler

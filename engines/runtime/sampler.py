@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import RequestError, RunnerError
-from .request import FinishReason
+from .events import FinishReason
 from .sampling import SamplingParams
 
 Row = NDArray[np.float32]
