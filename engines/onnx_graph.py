@@ -41,11 +41,12 @@ def export_graph(
         import onnx_ir as ir
 
         from export.lowerings.onnx import OnnxPortable, OnnxRuntime, Precision
+        from export.network import define_network
     except ImportError as error:
         raise missing_package(f"exporting needs {error.name}", "onnx", found=str(error)) from error
     lowering = OnnxPortable if target.form == "portable" else OnnxRuntime
     lowered = lowering(weights, cast(Precision, target.precision), target.block_size)
-    model = lowered.model(taps)
+    model = lowered.finish(define_network(lowered), taps)
     sizes = [value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None]
 
     def step(tensor: Any, info: Any) -> None:

@@ -13,6 +13,7 @@ from engines.target import Profile, Target
 from export.lowerings.spool import Spool
 from export.lowerings.tensorrt import TensorRT
 from export.lowerings.tensorrt_library import Library
+from export.network import define_network
 from export.weights import DeployedWeights
 from ngpt.progress import Progress, silent
 from ngpt.spec import NGPTSpec
@@ -39,7 +40,8 @@ def build_plan(
     builder, network = library.create_network()
     with Spool(path.parent) as spool:
         architecture = int(target.gpu.compute_capability.replace(".", "") or 80)
-        lowering(target)(weights, library, network, spool, target.precision, progress, architecture).define(taps)
+        lowered = lowering(target)(weights, library, network, spool, target.precision, progress, architecture)
+        lowered.finish(define_network(lowered), taps)
         config = builder.create_builder_config()
         for index in (PREFILL, DECODE):
             config.add_optimization_profile(_profile(builder, weights.spec, library, target.profile, index))

@@ -73,7 +73,7 @@ class TensorRTLayers(Lowering[Any]):
         return tensor
 
     def named(self, name: str, tensor: Any) -> Any:
-        """A tensor that somebody else's layer made, under the trace's name."""
+        """A tensor that somebody else's layer made, under the network's own name."""
         tensor.name = name
         self.library.check(f"the tensor {name}")
         self.values[name] = tensor

@@ -7,6 +7,7 @@ import numpy as np
 from export.lowerings.spool import Spool
 from export.lowerings.tensorrt import TensorRT
 from export.lowerings.tensorrt_layers import ARITHMETIC
+from export.network import define_network
 from export.weights import DeployedWeights
 from ngpt.checkpoint import open_checkpoint
 from ngpt.weights import Weights
@@ -26,7 +27,8 @@ class Network(ExitStack):
         self.library, self.spec, self.precision = library, self.checkpoint.spec, precision
         self.builder, network = library.create_network()
         self.weights = DeployedWeights(Weights(self.checkpoint), half_precision=ARITHMETIC[precision] == "fp16")
-        self.network = lowering(self.weights, library, network, spool, precision).define(taps)
+        ops = lowering(self.weights, library, network, spool, precision)
+        self.network = ops.finish(define_network(ops), taps)
         self.evaluate = Evaluator(library.trt, self.network, instead)
 
     def empty(self, rows):

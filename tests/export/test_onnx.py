@@ -7,6 +7,7 @@ import onnxruntime as ort
 import pytest
 
 from export.lowerings.onnx import OnnxPortable, OnnxRuntime
+from export.network import define_network
 from export.weights import DeployedWeights
 from ngpt.checkpoint import open_checkpoint
 from ngpt.weights import Weights
@@ -17,7 +18,8 @@ LOGIT_ERROR = 2e-5
 def export(case, lowering, path, precision="fp32", taps=()):
     with open_checkpoint(case.folder) as checkpoint:
         weights = DeployedWeights(Weights(checkpoint), half_precision=precision == "fp16")
-        ir.save(lowering(weights, precision).model(taps), path)
+        ops = lowering(weights, precision)
+        ir.save(ops.finish(define_network(ops), taps), path)
         return checkpoint.spec
 
 

@@ -12,6 +12,7 @@ from export.lowerings.spool import Spool
 from export.lowerings.tensorrt import TensorRT
 from export.lowerings.tensorrt_layers import ARITHMETIC, INT4_BLOCK
 from export.lowerings.tensorrt_library import load_library
+from export.network import define_network
 from export.quantize import quantize_dequantize, quantize_fp8
 from export.weights import DeployedWeights
 from ngpt.checkpoint import open_checkpoint
@@ -200,7 +201,7 @@ def test_mistakes_are_reported_where_they_are_made(library, mistake, where):
         wrong = Wrong(DeployedWeights(Weights(checkpoint)), library, network, spool, "fp16")
         wrong.mistake = mistake
         with pytest.raises(BuildError, match=rf"tensorrt_rtx refuses the layer ({where})") as error:
-            wrong.define()
+            define_network(wrong)
     assert error.value.found
 
 
