@@ -8,7 +8,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ class ParityReport:
         )
 
 
-def _plots(sequences: Items[SequenceResult], checks: Items[Check]) -> list[str]:
+def _plots(sequences: Sequence[SequenceResult], checks: Sequence[Check]) -> list[str]:
     plots = []
     taps = {
         check.name.removeprefix("angle at ").removesuffix(", mean"): check

@@ -6,8 +6,8 @@ import numpy as np
 
 from export.lowerings.spool import Spool
 from export.lowerings.tensorrt import TensorRT
-from export.lowerings.tensorrt_layers import ARITHMETIC
 from export.network import define_network
+from export.precision import TENSORRT
 from export.weights import DeployedWeights
 from ngpt.checkpoint import open_checkpoint
 from ngpt.weights import Weights
@@ -26,8 +26,8 @@ class Network(ExitStack):
         spool = self.enter_context(Spool())
         self.library, self.spec, self.precision = library, self.checkpoint.spec, precision
         self.builder, network = library.create_network()
-        self.weights = DeployedWeights(Weights(self.checkpoint), half_precision=ARITHMETIC[precision] == "fp16")
-        ops = lowering(self.weights, library, network, spool, precision)
+        self.weights = DeployedWeights(Weights(self.checkpoint), arithmetic=TENSORRT[precision].arithmetic)
+        ops = lowering(self.weights, library, network, spool, TENSORRT[precision])
         self.network = ops.finish(define_network(ops), taps)
         self.evaluate = Evaluator(library.trt, self.network, instead)
 

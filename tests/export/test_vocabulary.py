@@ -24,6 +24,7 @@ from export.lowerings.tensorrt_llm import Inputs, TensorRTLLM
 from export.lowerings.tensorrt_plugins import TensorRTPlugins
 from export.network import define_network
 from export.plugins.kernels import HypersphereUpdate, QKNorm
+from export.precision import TENSORRT
 from export.weights import DeployedWeights
 from ngpt.checkpoint import open_checkpoint
 from ngpt.errors import UnsupportedError
@@ -110,7 +111,7 @@ def in_tensorrt(lowering, weights, operation, composed, inputs, instead=None):
     library, spec = load_library("tensorrt_rtx"), weights.spec
     _, network = library.create_network()
     with Spool() as spool:
-        ops = lowering(weights, library, network, spool, "fp32")
+        ops = lowering(weights, library, network, spool, TENSORRT["fp32"])
         values = [ops.input(f"x{i}", ops.float32, (-1, -1, x.shape[-1])) for i, x in enumerate(inputs)]
         results = apply(ops, operation, composed, values)
         for result in results:
@@ -291,7 +292,7 @@ def test_an_unknown_activation_is_refused_by_name(runtime, tmp_path):
             ops = OnnxRuntime(weights)
         elif runtime == "tensorrt":
             library = load_library("tensorrt_rtx")
-            ops = TensorRT(weights, library, library.create_network()[1], spool, "fp32")
+            ops = TensorRT(weights, library, library.create_network()[1], spool, TENSORRT["fp32"])
         else:
             given = Inputs(None, None, None, None, False, None, None, packed=True, paged=False)
             ops = TensorRTLLM(functional, Engine(converted(GOLDEN / "gqa", tmp_path)).models[0], given)
