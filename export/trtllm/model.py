@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
-from export.lowerings.tensorrt_llm import Inputs, TensorRTLLM, TensorRTLLMKernels
 from export.network import define_network
 from export.trtllm.config import ARCHITECTURE, spec_from
+from export.trtllm.lowering import Inputs, TensorRTLLM, TensorRTLLMKernels
 from ngpt.errors import MissingPackageError, UnsupportedError
 
 try:

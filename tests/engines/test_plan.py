@@ -7,9 +7,9 @@ import pytest
 from engines.backends.tensorrt import DECODE, PREFILL, build_plan
 from engines.build import build_engine
 from engines.target import Gpu, Profile, Target, load_target, target_names
-from export.lowerings import tensorrt_plugins
 from export.lowerings.onnx import OnnxPortable
-from export.lowerings.tensorrt_library import load_library
+from export.lowerings.tensorrt import plugins as tensorrt_plugins
+from export.lowerings.tensorrt.library import load_library
 from export.network import define_network
 from export.precision import TENSORRT
 from export.weights import DeployedWeights

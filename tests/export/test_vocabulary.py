@@ -14,17 +14,17 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from export.lowerings import tensorrt_plugins
 from export.lowerings.base import Lowering
 from export.lowerings.onnx import OnnxPortable, OnnxRuntime
-from export.lowerings.spool import Spool
-from export.lowerings.tensorrt import TensorRT
-from export.lowerings.tensorrt_library import load_library
-from export.lowerings.tensorrt_llm import Inputs, TensorRTLLM
-from export.lowerings.tensorrt_plugins import TensorRTPlugins
+from export.lowerings.tensorrt import plugins as tensorrt_plugins
+from export.lowerings.tensorrt.library import load_library
+from export.lowerings.tensorrt.native import TensorRT
+from export.lowerings.tensorrt.plugins import TensorRTPlugins
+from export.lowerings.tensorrt.weights_file import WeightsFile
 from export.network import define_network
 from export.plugins.kernels import HypersphereUpdate, QKNorm
 from export.precision import TENSORRT
+from export.trtllm.lowering import Inputs, TensorRTLLM
 from export.weights import DeployedWeights
 from ngpt.checkpoint import open_checkpoint
 from ngpt.errors import UnsupportedError
@@ -110,8 +110,8 @@ def in_onnx(lowering, weights, operation, composed, inputs):
 def in_tensorrt(lowering, weights, operation, composed, inputs, instead=None):
     library, spec = load_library("tensorrt_rtx"), weights.spec
     _, network = library.create_network()
-    with Spool() as spool:
-        ops = lowering(weights, library, network, spool, TENSORRT["fp32"])
+    with WeightsFile() as scratch:
+        ops = lowering(weights, library, network, scratch, TENSORRT["fp32"])
         values = [ops.input(f"x{i}", ops.float32, (-1, -1, x.shape[-1])) for i, x in enumerate(inputs)]
         results = apply(ops, operation, composed, values)
         for result in results:
@@ -192,7 +192,7 @@ def bench(request, tmp_path):
 @pytest.fixture
 def old_library(monkeypatch):
     """A library without the layers that older versions lack."""
-    module = "export.lowerings.tensorrt_library.Library.__init__"
+    module = "export.lowerings.tensorrt.library.Library.__init__"
     real = load_library("tensorrt_rtx").__class__.__init__
 
     def init(self, trt):
@@ -286,13 +286,13 @@ def test_composed_operations_take_the_types_that_a_network_in_half_precision_has
 
 @pytest.mark.parametrize("runtime", ["onnx", "tensorrt", "tensorrt-llm"])
 def test_an_unknown_activation_is_refused_by_name(runtime, tmp_path):
-    with open_checkpoint(GOLDEN / "gqa") as checkpoint, Spool() as spool:
+    with open_checkpoint(GOLDEN / "gqa") as checkpoint, WeightsFile() as scratch:
         weights = DeployedWeights(Weights(checkpoint))
         if runtime == "onnx":
             ops = OnnxRuntime(weights)
         elif runtime == "tensorrt":
             library = load_library("tensorrt_rtx")
-            ops = TensorRT(weights, library, library.create_network()[1], spool, TENSORRT["fp32"])
+            ops = TensorRT(weights, library, library.create_network()[1], scratch, TENSORRT["fp32"])
         else:
             given = Inputs(None, None, None, None, False, None, None, packed=True, paged=False)
             ops = TensorRTLLM(functional, Engine(converted(GOLDEN / "gqa", tmp_path)).models[0], given)

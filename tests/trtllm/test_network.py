@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from export.lowerings.tensorrt_llm import TensorRTLLM
+from export.trtllm.lowering import TensorRTLLM
 from export.trtllm.parallel import Parallel
 from ngpt.errors import UnsupportedError
 from tests.conftest import GOLDEN, Golden

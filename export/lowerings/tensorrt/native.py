@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from export.lowerings import tensorrt_composed
-from export.lowerings.tensorrt_layers import TensorRTLayers
+from export.lowerings.tensorrt import older_versions
+from export.lowerings.tensorrt.layers import TensorRTLayers
 from export.weights import position_diagonal, rope_tables
 from ngpt.errors import UnsupportedError
 
@@ -72,7 +72,7 @@ class TensorRT(TensorRTLayers):
         cos, sin = (self.constant(f"rope.{n}", t) for n, t in zip(("cos", "sin"), rope_tables(self.spec), strict=True))
         if not self.library.has_rotary:
             cos, sin = self._by_position("rope.cos.rows", cos), self._by_position("rope.sin.rows", sin)
-            return tensorrt_composed.rotate(self, name, x, cos, sin)
+            return older_versions.rotate(self, name, x, cos, sin)
         layer = self.network.add_rotary_embedding(self.wide(f"{name}.wide", x), cos, sin, False, self.spec.rotary_dim)
         self.made(name, layer).set_input(3, self.position_ids)
         return self.out(name, layer)
@@ -167,13 +167,13 @@ class TensorRT(TensorRTLayers):
         """The cache with the new keys or values [B, K, S, D] at write_at."""
         new = self.narrow(f"{name}.new", new)
         if not self.library.has_cache_update:
-            return tensorrt_composed.append(self, name, past, new, self.write_at, self.input_ids)
+            return older_versions.append(self, name, past, new, self.write_at, self.input_ids)
         return self.out(name, self.network.add_kv_cache_update(past, new, self.write_at, self.trt.KVCacheMode.LINEAR))
 
     def _attend(self, name: str, q: Any, keys: Any, values: Any) -> Any:
         """softmax(q k^T, masked) v over the whole cache: [B, H, S, D]; q carries the scale."""
         if not self.library.has_attention:
-            return tensorrt_composed.attend(self, name, q, keys, values, self._mask)
+            return older_versions.attend(self, name, q, keys, values, self._mask)
         softmax = self.trt.AttentionNormalizationOp.SOFTMAX
         if hasattr(self.network, "add_attention_v2"):
             layer = self.network.add_attention_v2(q, keys, values, softmax, self.trt.CausalMaskKind.NONE)

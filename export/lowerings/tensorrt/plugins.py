@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from export.lowerings.tensorrt import TensorRT
+from export.lowerings.tensorrt.native import TensorRT
 from export.plugins import registration
 from export.plugins.kernels import HypersphereUpdate, QKNorm
 from export.weights import rope_tables
