@@ -1,4 +1,4 @@
-"""The trace over `tensorrt_llm.functional`: the network that `trtllm-build` compiles, one rank and one stage of a pipeline at a time.
+"""The network over `tensorrt_llm.functional`: the network that `trtllm-build` compiles, one rank and one stage of a pipeline at a time.
 
 Read at: tensorrt_llm/functional.py, NVIDIA/TensorRT-LLM commit 00714966 (the stored commit nearest to tag v1.2.1; the module went with
 the engine flow in 1.3). Contract-tested against tests/doubles/tensorrt_llm_double; not executed on TensorRT-LLM.
@@ -62,6 +62,7 @@ class TensorRTLLM(Lowering[Any]):
         self.presents: list[Any] = []
         self._leading = 1 if inputs.packed else 2
         self._shared: dict[str, Any] = {}
+        self._products: dict[str, dict[str, Any]] = {}
 
     @property
     def layers(self) -> Sequence[int]:
@@ -80,6 +81,9 @@ class TensorRTLLM(Lowering[Any]):
         return self.f.recv(self.inputs.hidden_states, self.mapping.prev_pp_rank())
 
     def linear(self, name: str, x: Any) -> Any:
+        x = self._stored(x)
+        if name.split(".")[-1] in ("q", "k", "v"):
+            return self._part_of_one_product(name, x)
         if name != "head":
             return self._module(name)(x)
         if not self.mapping.is_last_pp_rank():
@@ -88,9 +92,13 @@ class TensorRTLLM(Lowering[Any]):
 
     # -- the vocabulary ------------------------------------------------------------------------------------------------
 
-    def position(self, name: str, x: Any, heads: int) -> Any:
-        """x [..., heads * D] to float32 [..., heads, D], encoded."""
-        x = self._by_head(self._wide(x), heads)
+    def split_heads(self, name: str, x: Any, heads: int) -> Any:
+        """[..., heads, D]."""
+        return self.f.view(x, [0] * self._leading + [heads, self.spec.head_dim])  # 0 keeps the input's size
+
+    def position(self, name: str, x: Any) -> Any:
+        """In float32."""
+        x = self._wide(x)
         if self.spec.position == "research":
             return x * self._rows("research.diagonal", lambda: position_diagonal(self.spec))
         half, size = self.spec.rotary_dim // 2, self.spec.head_dim
@@ -100,28 +108,29 @@ class TensorRTLLM(Lowering[Any]):
         return self.f.concat([a * cos - b * sin, b * cos + a * sin, *rest], dim=self._leading + 1)
 
     def l2norm(self, name: str, x: Any, eps: float = 0.0) -> Any:
-        """Over the last axis of float32 x."""
+        """In float32."""
+        x = self._wide(x)
         length = self.f.sqrt(self.f.sum(x * x, dim=x.ndim() - 1, keepdim=True))
         # A zero row gives zeros: dividing by the smallest normal number instead of by zero.
         guarded = length + eps if eps else self.f.maximum(length, float(np.finfo(np.float32).tiny))
         return x / guarded
 
-    def head_norm(self, name: str, x: Any, heads: int) -> Any:
-        return self.l2norm(name, x)  # heads are an axis of their own here
-
     def vector(self, weight: str) -> Any:
-        value = self._module(weight).value
-        if weight.endswith("q_scale"):
-            return self.f.view(value, [1] * self._leading + [self.spec.num_heads, self.spec.head_dim])
-        return value
+        return self._module(weight).value
+
+    def head_vector(self, weight: str, heads: int) -> Any:
+        return self.f.view(self.vector(weight), [1] * self._leading + [heads, self.spec.head_dim])
 
     def add(self, name: str, x: Any, y: Any) -> Any:
+        x, y = self._alike(x, y)
         return x + y
 
     def sub(self, name: str, x: Any, y: Any) -> Any:
+        x, y = self._alike(x, y)
         return x - y
 
     def mul(self, name: str, x: Any, y: Any) -> Any:
+        x, y = self._alike(x, y)
         return x * y
 
     def activation(self, name: str, kind: str, x: Any) -> Any:
@@ -133,23 +142,17 @@ class TensorRTLLM(Lowering[Any]):
             raise UnsupportedError("activation in TensorRT-LLM", expected=", ".join(["relu2", *functions]), found=kind)
         return getattr(self.f, functions[kind])(x)
 
-    def queries_keys_values(self, name: str, h: Any) -> tuple[Any, Any, Any]:
-        """One product for all three; q and k come back in the stored type, as [..., H * D] and [..., K * D]."""
-        width, keys = self.spec.num_heads * self.spec.head_dim, self.spec.num_kv_heads * self.spec.head_dim
-        q, k, v = self.f.split(self._module(f"{name}.q")(h), [width, keys, keys], dim=self._leading)
-        q, k = self.qk_norm(name, q, k)
-        return self._flat(q, width), self._flat(k, keys), v
-
     def hypersphere_update(self, name: str, h: Any, x: Any, rate: str, eps: float) -> Any:
         # x is whole: `dense` and `proj` have ended with their all-reduce. Composed in float32; only the result is stored.
-        wide = super().hypersphere_update(f"{name}.f32", self._wide(h), self._wide(x), rate, eps)
-        return self.tap(name, self.f.cast(wide, self.dtype))
+        return self.tap(name, self._stored(super().hypersphere_update(f"{name}.f32", self._wide(h), x, rate, eps)))
 
     def attention(self, name: str, layer: int, q: Any, k: Any, v: Any, scale: float) -> Any:
         cache, params, size = self.inputs.cache, self.inputs.attention, self.spec.head_dim
         local = layer - self.layers[0]  # TensorRT-LLM counts a stage's layers from 0
+        heads = ((q, self.spec.num_heads), (k, self.spec.num_kv_heads), (v, self.spec.num_kv_heads))
+        packed = [self.f.view(self._stored(x), [0] * self._leading + [count * size]) for x, count in heads]
         out, present = self.f.gpt_attention(
-            qkv=self.f.concat([q, k, v], dim=self._leading),
+            qkv=self.f.concat(packed, dim=self._leading),
             past_key_value=None if self.inputs.paged or not self.inputs.use_cache else cache.past_key_value[local],
             sequence_length=params.sequence_length,
             host_past_key_value_lengths=cache.host_past_key_value_lengths,
@@ -210,14 +213,24 @@ class TensorRTLLM(Lowering[Any]):
             "kv_cache_quant_mode": self.model.config.quant_mode,
         }
 
+    def _part_of_one_product(self, name: str, x: Any) -> Any:
+        """q, k or v, which TensorRT-LLM has as one product: it stands in the network once."""
+        layer, part = name.rsplit(".", 1)
+        if layer not in self._products:
+            query, key = self.spec.num_heads * self.spec.head_dim, self.spec.num_kv_heads * self.spec.head_dim
+            parts = self.f.split(self._module(name)(x), [query, key, key], dim=self._leading)
+            self._products[layer] = dict(zip("qkv", parts, strict=True))
+        return self._products[layer].pop(part)
+
     def _wide(self, x: Any) -> Any:
-        return self.f.cast(x, "float32")
+        return self.f.cast(x, "float32")  # nothing where it is that type already
 
-    def _by_head(self, x: Any, heads: int) -> Any:
-        return self.f.view(x, [0] * self._leading + [heads, self.spec.head_dim])  # 0 keeps the input's size
+    def _stored(self, x: Any) -> Any:
+        return self.f.cast(x, self.dtype)
 
-    def _flat(self, x: Any, width: int) -> Any:
-        return self.f.cast(self.f.view(x, [0] * self._leading + [width]), self.dtype)
+    def _alike(self, x: Any, y: Any) -> tuple[Any, Any]:
+        """Where the types differ, both in float32."""
+        return (x, y) if x.dtype == y.dtype else (self._wide(x), self._wide(y))
 
     def _rows(self, name: str, table: Any) -> Any:
         """Rows of a float32 table [L, width] at each token's position, [..., 1, width]: the same for all layers."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from export.lowerings.tensorrt_layers import TensorRTLayers
+from export.lowerings.tensorrt.layers import TensorRTLayers
 
 
 def rotate(ops: TensorRTLayers, name: str, x: Any, cos: Any, sin: Any) -> Any:

@@ -1,9 +1,10 @@
-"""The trace as a TensorRT network (tensorrt 10 and 11, tensorrt_rtx), strongly typed.
+"""The network in TensorRT (tensorrt 10 and 11, tensorrt_rtx), strongly typed.
 
-Layers and tensors carry the trace's own names. Inputs, all int32: input_ids, position_ids [B, S]; write_at [B], where the new
+Layers and tensors carry the network's own names. Inputs, all int32: input_ids, position_ids [B, S]; write_at [B], where the new
 keys go in each row's cache; lengths [B], a row's keys after this step; logit_rows [R], which of the B * S tokens get logits.
 Caches past_key_values.{i}.key / .value [B, K, L, D]. Outputs: logits float32 [R, V] and present.{i}.key / .value, the same
 memory as the caches where the library has its cache-update layer, else a second buffer of the same shape.
+Tensors by head are [B, heads, S, D], as the library's rotary, cache and attention layers take them.
 Norms, rotations and updates are float32; what is stored between products has the precision's type.
 TensorRT-RTX 1.7.1 builds these networks in the tests; no engine has been executed on a GPU.
 """
@@ -15,9 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from export.lowerings import tensorrt_composed
-from export.lowerings.tensorrt_layers import TensorRTLayers
-from export.network import trace
+from export.lowerings.tensorrt import older_versions
+from export.lowerings.tensorrt.layers import TensorRTLayers
 from export.weights import position_diagonal, rope_tables
 from ngpt.errors import UnsupportedError
 
@@ -38,9 +38,9 @@ class TensorRT(TensorRTLayers):
                 self.input(f"past_key_values.{layer}.{kind}", self.stored, cache)
         self._mask = self._causal_mask()
 
-    def define(self, taps: Sequence[str] = ()) -> Any:
-        """Trace the network and mark its outputs; `taps` names further tensors to expose. Returns the network."""
-        logits = self.cast("logits", trace(self), self.float32, always=True)
+    def finish(self, logits: Any, taps: Sequence[str] = ()) -> Any:
+        """Mark the outputs: `logits` [R, V], the caches, and the tensors that `taps` names. Returns the network."""
+        logits = self.cast("logits", logits, self.float32, always=True)
         self.network.mark_output(logits)
         for layer in range(self.spec.num_layers):
             for kind in ("key", "value"):
@@ -62,15 +62,17 @@ class TensorRT(TensorRTLayers):
             x = self.out(f"{name}.rows", self.network.add_gather(flat, self.logit_rows, 0))
         return self.matmul(name, x, [name])
 
-    def position(self, name: str, x: Any, heads: int) -> Any:
-        """x [B, heads, S, D], as the other operations on heads here."""
+    def split_heads(self, name: str, x: Any, heads: int) -> Any:
+        return self.reshape(name, x, (0, 0, heads, self.spec.head_dim), (0, 2, 1, 3))
+
+    def position(self, name: str, x: Any) -> Any:
         if self.spec.position == "research":
             table = self.constant("position.table", position_diagonal(self.spec))
             return self.mul(name, x, self._by_position("position.diagonal", table))
         cos, sin = (self.constant(f"rope.{n}", t) for n, t in zip(("cos", "sin"), rope_tables(self.spec), strict=True))
         if not self.library.has_rotary:
             cos, sin = self._by_position("rope.cos.rows", cos), self._by_position("rope.sin.rows", sin)
-            return tensorrt_composed.rotate(self, name, x, cos, sin)
+            return older_versions.rotate(self, name, x, cos, sin)
         layer = self.network.add_rotary_embedding(self.wide(f"{name}.wide", x), cos, sin, False, self.spec.rotary_dim)
         self.made(name, layer).set_input(3, self.position_ids)
         return self.out(name, layer)
@@ -95,11 +97,11 @@ class TensorRT(TensorRTLayers):
         length = self.binary(f"{name}.guarded", length, guard_value, operation)
         return self.binary(name, x, length, self.trt.ElementWiseOperation.DIV)
 
-    def head_norm(self, name: str, x: Any, heads: int) -> Any:
-        return self.l2norm(name, x)  # heads are an axis of their own here
-
     def vector(self, weight: str) -> Any:
         return self.constant(weight, self.weights.get(weight)[None, None])
+
+    def head_vector(self, weight: str, heads: int) -> Any:
+        return self.constant(weight, self.weights.get(weight).reshape(1, heads, 1, self.spec.head_dim))
 
     def add(self, name: str, x: Any, y: Any) -> Any:
         return self.binary(name, x, y, self.trt.ElementWiseOperation.SUM)
@@ -119,18 +121,22 @@ class TensorRT(TensorRTLayers):
             return self.out(name, self.network.add_activation(x, which))
         if kind == "relu":
             return self.out(name, self.network.add_activation(x, types.RELU))
+        if kind != "relu2":
+            raise UnsupportedError("activation in TensorRT", expected="relu2, relu, silu, gelu, gelu_tanh", found=kind)
         positive = self.out(f"{name}.relu", self.network.add_activation(x, types.RELU))
         return self.mul(name, positive, positive)
 
     def queries_keys_values(self, name: str, h: Any) -> tuple[Any, Any, Any]:
-        """One product for all three; heads become an axis before tokens, and q and k are encoded and normed together."""
+        """One product for all three; q and k are encoded and normed together."""
         heads, keys, size = self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_dim
         packed = self.matmul(f"{name}.qkv", h, [f"{name}.{part}" for part in "qkv"])
-        by_head = self.reshape(f"{name}.qkv_heads", packed, (0, 0, heads + 2 * keys, size), (0, 2, 1, 3))
+        by_head = self.split_heads(f"{name}.qkv_heads", packed, heads + 2 * keys)
         qk = self.heads(f"{name}.qk", by_head, 0, heads + keys)
         v = self.heads(f"{name}.v", by_head, heads + keys, keys)
-        unit = self.head_norm(f"{name}.qk_norm", self.position(f"{name}.qk_rope", qk, heads + keys), heads + keys)
-        scaled = self.narrow(f"{name}.qk_scaled", self.mul(f"{name}.qk_wide", unit, self._head_scale(name)))
+        unit = self.l2norm(f"{name}.qk_norm", self.position(f"{name}.qk_rope", qk))
+        on_q = self.weights.get(f"{name}.q_scale").reshape(heads, size)
+        scale = self.constant(f"{name}.qk_scale", np.concatenate((on_q, np.ones((keys, size), np.float32)))[None, :, None])
+        scaled = self.mul(f"{name}.qk_scaled", unit, scale)
         return self.heads(f"{name}.q_scaled", scaled, 0, heads), self.heads(f"{name}.k_norm", scaled, heads, keys), v
 
     def hypersphere_update(self, name: str, h: Any, x: Any, rate: str, eps: float) -> Any:
@@ -139,8 +145,8 @@ class TensorRT(TensorRTLayers):
         return self.cast(name, wide, self.stored, always=True)
 
     def attention(self, name: str, layer: int, q: Any, k: Any, v: Any, scale: float) -> Any:
-        if scale != self.spec.head_dim**0.5:
-            raise UnsupportedError("softmax scale", expected="the one that _head_scale multiplies into q", found=str(scale))
+        # IAttention has no scale of its own.
+        q = self.narrow(f"{name}.queries", self.mul(f"{name}.queries_wide", q, self.scalar(f"{name}.scale", scale, 4)))
         keys = self._append(f"present.{layer}.key", self.values[f"past_key_values.{layer}.key"], k)
         values = self._append(f"present.{layer}.value", self.values[f"past_key_values.{layer}.value"], v)
         out = self._attend(f"{name}.heads", q, keys, values)
@@ -148,13 +154,6 @@ class TensorRT(TensorRTLayers):
         return self.reshape(name, out, (0, 0, width), first=(0, 2, 1, 3))
 
     # -- attention -----------------------------------------------------------------------------------------------------
-
-    def _head_scale(self, name: str) -> Any:
-        """sqk**2 * sqrt(D) on q and 1 on k: [1, H + K, 1, D]. IAttention has no scale of its own, so the softmax's is here."""
-        heads, keys, size = self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_dim
-        on_q = self.weights.get(f"{name}.q_scale").reshape(heads, size) * np.float32(size**0.5)
-        both = np.concatenate((on_q, np.ones((keys, size), np.float32)))
-        return self.constant(f"{name}.qk_scale", both[None, :, None, :])
 
     def _causal_mask(self) -> Any:
         """Whether a query may see a key: bool [B, 1, S, L]. Keys lie in the cache at their positions, so the order says it all."""
@@ -168,13 +167,13 @@ class TensorRT(TensorRTLayers):
         """The cache with the new keys or values [B, K, S, D] at write_at."""
         new = self.narrow(f"{name}.new", new)
         if not self.library.has_cache_update:
-            return tensorrt_composed.append(self, name, past, new, self.write_at, self.input_ids)
+            return older_versions.append(self, name, past, new, self.write_at, self.input_ids)
         return self.out(name, self.network.add_kv_cache_update(past, new, self.write_at, self.trt.KVCacheMode.LINEAR))
 
     def _attend(self, name: str, q: Any, keys: Any, values: Any) -> Any:
         """softmax(q k^T, masked) v over the whole cache: [B, H, S, D]; q carries the scale."""
         if not self.library.has_attention:
-            return tensorrt_composed.attend(self, name, q, keys, values, self._mask)
+            return older_versions.attend(self, name, q, keys, values, self._mask)
         softmax = self.trt.AttentionNormalizationOp.SOFTMAX
         if hasattr(self.network, "add_attention_v2"):
             layer = self.network.add_attention_v2(q, keys, values, softmax, self.trt.CausalMaskKind.NONE)

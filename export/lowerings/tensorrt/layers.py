@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.lowerings.base import Lowering
-from export.lowerings.spool import Spool
-from export.lowerings.tensorrt_library import Library
+from export.lowerings.tensorrt.library import Library
+from export.lowerings.tensorrt.weights_file import WeightsFile
 from export.precision import TENSORRT, Precision
 from export.quantize import rounded
 from export.weights import DeployedWeights
@@ -27,14 +27,14 @@ class TensorRTLayers(Lowering[Any]):
         weights: DeployedWeights,
         library: Library,
         network: Any,
-        spool: Spool,
+        scratch: WeightsFile,
         precision: Precision = TENSORRT["fp16"],
         progress: Progress = silent,
         architecture: int = 80,
     ) -> None:
         """`network` is empty. `architecture`: the compute capability plugins are compiled for, in tens and units (90 is 9.0)."""
         super().__init__(weights)
-        self.library, self.trt, self.network, self.spool = library, library.trt, network, spool
+        self.library, self.trt, self.network, self.scratch = library, library.trt, network, scratch
         self.precision, self.progress, self.architecture = precision, progress, architecture
         self.float32, self.int32 = library.dtype("float32"), library.dtype("int32")
         self.stored = library.dtype(precision.arithmetic)
@@ -68,7 +68,7 @@ class TensorRTLayers(Lowering[Any]):
         return tensor
 
     def named(self, name: str, tensor: Any) -> Any:
-        """A tensor that somebody else's layer made, under the trace's name."""
+        """A tensor that somebody else's layer made, under the network's own name."""
         tensor.name = name
         self.library.check(f"the tensor {name}")
         self.values[name] = tensor
@@ -77,7 +77,7 @@ class TensorRTLayers(Lowering[Any]):
     def constant(self, name: str, array: NDArray[Any], dtype: Any = None, shape: Sequence[int] | None = None) -> Any:
         """A constant; `dtype` and `shape` where they are not the array's own (bfloat16, 4-bit). Same name, same constant."""
         if name not in self.values:
-            array = self.spool.add(np.ascontiguousarray(array))
+            array = self.scratch.add(np.ascontiguousarray(array))
             shape = tuple(array.shape if shape is None else shape)
             kind = dtype or {"f": self.float32, "i": self.int32}[array.dtype.kind]
             weights = self.trt.Weights(kind, array.ctypes.data, int(np.prod(shape)))

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from export.lowerings.tensorrt import TensorRT
+from export.lowerings.tensorrt.native import TensorRT
 from export.plugins import registration
 from export.plugins.kernels import HypersphereUpdate, QKNorm
 from export.weights import rope_tables
@@ -28,10 +26,9 @@ class TensorRTPlugins(TensorRT):
             return super().queries_keys_values(name, h)
         heads, keys, size = spec.num_heads, spec.num_kv_heads, spec.head_dim
         packed = self.matmul(f"{name}.qk", h, [f"{name}.q", f"{name}.k"])
-        values = self.reshape(f"{name}.v_heads", self.matmul(f"{name}.v", h, [f"{name}.v"]), (0, 0, keys, size), (0, 2, 1, 3))
+        values = self.split_heads(f"{name}.v_heads", self.linear(f"{name}.v", h), keys)
         cos, sin = (self.constant(f"rope.{n}", t) for n, t in zip(("cos", "sin"), rope_tables(spec), strict=True))
-        # The softmax's sqrt(D) goes into the scale of q, as in the native form.
-        scale = self.constant(f"{name}.q_scale.softmax", self.weights.get(f"{name}.q_scale") * np.float32(size**0.5))
+        scale = self.constant(f"{name}.q_scale.flat", self.weights.get(f"{name}.q_scale"))
         q, k = registration.qk_norm(
             self.network, packed, cos, sin, self.position_ids, scale,
             heads=heads, kv_heads=keys, head_dim=size, architecture=self.architecture,

@@ -18,8 +18,8 @@ _ALIGNMENT = 4096
 _SMALL = 1 << 16
 
 
-class Spool:
-    """Keeps arrays alive, the large ones in a scratch file under `folder`, which vanishes when the spool is closed."""
+class WeightsFile:
+    """Keeps arrays alive, the large ones in a scratch file under `folder`, which vanishes when it is closed."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (closed by close())
@@ -42,7 +42,7 @@ class Spool:
         self._kept.clear()
         self._file.close()
 
-    def __enter__(self) -> Spool:
+    def __enter__(self) -> WeightsFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
