@@ -16,6 +16,52 @@ HF_CASES = ("gqa", "gqa-left-padded", "llama3-rope-bias", "dead-mlp")
 ALL_CASES = (*HF_CASES, "research-checkpoint", "research-train-py")
 
 
+SLOW = {
+    "tests/engines/test_engine.py": ("test_a_research_model_of_short_context_is_built_and_passes",),
+    "tests/engines/test_plan.py": (
+        "test_one_layer_of_the_8b_shape_builds",
+        "test_every_compute_capability_the_library_offers",
+        "test_the_portable_onnx_graph_goes_through_tensorrts_parser",
+        "test_narrow_weights_stay_narrow_in_the_plan",
+    ),
+    "tests/engines/test_tensorrt_whole.py": (
+        "test_golden_tokens_from_a_built_engine",
+        "test_verify_passes_a_right_engine_in_every_precision",
+    ),
+    "tests/export/plugins/test_ptx.py": ("test_assembles_for_every_architecture_without_spills",),
+    "tests/export/plugins/test_registration.py": ("test_registration_under_tensorrts_own_code",),
+    "tests/gpu/test_driver.py": ("test_a_launch",),
+    "tests/gpu/test_rehearsal.py": ("test_kernels", "test_model"),
+    "tests/gpu/test_rtx.py": ("test_every_row_of_the_section",),
+    "tests/ngpt/test_model.py": (
+        "test_flex_attention_agrees_with_eager",
+        "test_trust_remote_code_loads_and_generates_without_this_package",
+    ),
+    "tests/ngpt/test_registration.py": ("test_every_order_of_imports_registers",),
+    "tests/test_docs.py": (
+        "test_readme_commands_and_python_run",
+        "test_the_site_has_every_guide_and_every_public_name",
+        "test_links_to_files_of_code_work_in_the_site",
+    ),
+    "tests/triton_repo/test_command.py": ("test_serve_answers_generate_and_stops_on_sigterm",),
+    "tests/triton_repo/test_server.py": ("test_start_and_stop_again_and_again", "test_a_repository_moved_elsewhere_serves"),
+    "tests/triton_repo/test_tensorrt_llm.py": ("test_llmapi_repository_is_what_the_library_reads",),
+    "tests/trtllm/test_kv_cache.py": (
+        "test_in_every_precision_it_adds_that_rounding_to_the_precisions_own",
+        "test_rounding_of_keys_and_values_is_all_it_costs",
+    ),
+}
+"""Tests of four seconds and more (`pytest --durations`), marked `slow`: `make test-fast` leaves them out."""
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what is slow, in one place, from measured times."""
+    for item in items:
+        path = item.path.relative_to(ROOT).as_posix() if item.path.is_relative_to(ROOT) else ""
+        if item.originalname in SLOW.get(path, ()):
+            item.add_marker(pytest.mark.slow)
+
+
 class Golden:
     """A golden case: `folder`, and the arrays of golden.npz; `mask` is all ones where the case has none."""
 
