@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
-from engines.target import Target, load_target, load_targets
+from engines.target import Target, load_target, load_targets, plain_name
 from ngpt.errors import TargetError
 
 _QUERY = "name,compute_cap,memory.total"
@@ -46,24 +46,35 @@ def parse(answer: str) -> Device | None:
 
 
 def target_for(device: Device) -> Target:
-    """The target of a card: the one its name contains, else one of the same compute capability with no more memory.
+    """The target of a card: the one whose `cards` names it, else the smallest of the same compute capability.
 
-    Raises TargetError, listing the targets, when no target has this compute capability.
+    Only targets with `cards` are considered, so that a copy made for another purpose is not taken for a card of ours. Raises TargetError
+    when no target has this compute capability (listing those there are), or when two claim the same name.
     """
-    cards = [t for t in load_targets() if t.gpu is not None and t.runtime != "tensorrt_llm"]
-    same = [t for t in cards if t.gpu is not None and t.gpu.compute_capability == device.compute_capability]
+    cards = [(t, t.gpu) for t in load_targets() if t.gpu is not None and t.gpu.cards]
+    same = [(t, gpu) for t, gpu in cards if gpu.compute_capability == device.compute_capability]
     if not same:
         raise TargetError(
             f"no target fits {device.name} (compute capability {device.compute_capability})",
-            expected="one of " + ", ".join(f"{t.name} ({t.gpu.compute_capability})" for t in cards if t.gpu is not None),
-            remedy="choose a cpu target, or add a file under engines/targets",
+            expected="one of " + ", ".join(f"{t.name} ({gpu.compute_capability})" for t, gpu in cards),
+            remedy="choose a cpu target, or write a target's file and give its path as --target",
         )
-    plain = re.sub(r"[^a-z0-9]", "", device.name.lower())
-    named = [t for t in same if re.sub(r"[^a-z0-9]", "", t.name) in plain]
-    # The longest name first: "l40s" before "l4". Without a name, the smallest card promises least.
-    if named:
-        return max(named, key=lambda t: len(t.name))
-    return min(same, key=lambda t: t.gpu.memory_gb if t.gpu is not None else 0.0)
+    plain = plain_name(device.name)
+    named = [(len(plain_name(card)), t) for t, gpu in same for card in gpu.cards if plain_name(card) in plain]
+    if not named:
+        # The smallest card promises least.
+        return min(same, key=lambda pair: pair[1].memory_gb)[0]
+    # The longest name first: "L40S" before "L4".
+    longest = max(length for length, _ in named)
+    found = [t for length, t in named if length == longest]
+    if len(found) > 1:
+        raise TargetError(
+            f"two targets name the card {device.name}",
+            expected="one whose gpu.cards names it",
+            found=", ".join(sorted(t.name for t in found)),
+            remedy="give the one you mean as --target, or take the card's name out of the other file",
+        )
+    return found[0]
 
 
 def place(card: str) -> Device:

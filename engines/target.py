@@ -2,14 +2,17 @@
 
 import dataclasses
 import math
+import os
 import re
 import tomllib
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any
 
+from engines.runtimes import precision_of, runtime_of
+from export.precision import Precision
 from ngpt.errors import TargetError
 
 FOLDER = Path(__file__).parent / "targets"
@@ -27,11 +30,16 @@ class TargetWarning(UserWarning):
 @dataclass(frozen=True)
 class Gpu:
     """A card: compute capability such as "9.0" ("": any that the library supports), memory in 10**9 bytes, memory bandwidth in
-    10**9 bytes per second."""
+    10**9 bytes per second.
+
+    cards: the names, or parts of names, by which its driver calls it: `auto` takes the target for these. A target without them is taken
+    when it is named, and never by itself.
+    """
 
     compute_capability: str
     memory_gb: float
     bandwidth_gb_per_s: float
+    cards: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         capability = self.compute_capability
@@ -41,6 +49,9 @@ class Gpu:
             value = getattr(self, key)
             number = isinstance(value, int | float) and not isinstance(value, bool)
             _require(f"gpu.{key}", number and math.isfinite(value) and 0 < value < 1e9, "a number above 0", value)
+        _require(
+            "gpu.cards", _texts(self.cards) and all(plain_name(card) for card in self.cards), 'texts such as "L40S"', self.cards
+        )
 
 
 @dataclass(frozen=True)
@@ -60,56 +71,41 @@ class Profile:
 class Target:
     """A runtime, a form of the network and a precision. `executed` says whether this project has seen it run.
 
-    `gpu` and `profile` are there for TensorRT and TensorRT-LLM targets and for them alone. Form "ort" is ONNX with ONNX Runtime's kernels,
-    "portable" standard ONNX, "native" a TensorRT network of its own layers, "plugins" one with this project's kernels. `kv_cache` is the
-    type of cached keys and values: "auto" that of the arithmetic.
+    Form "ort" is ONNX with ONNX Runtime's kernels, "portable" standard ONNX, "native" a network of the runtime's own layers, "plugins" one
+    with this project's kernels. cache: how keys and values are kept ("in-place", "growing", "paged"). providers: of ONNX Runtime, in order.
+    precisions: the names of those on offer. gpu, profile: for runtimes on a GPU, and for them alone. Raises TargetError, naming the key.
     """
 
     name: str
     description: str
-    runtime: Literal["onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_llm"]
-    form: Literal["ort", "portable", "native", "plugins"]
-    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
-    block_size: int
-    cache: Literal["in-place", "growing", "paged"]
-    providers: tuple[str, ...]
+    runtime: str
+    form: str
+    precision: Precision
+    cache: str
     executed: bool
     note: str
+    providers: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ()
     gpu: Gpu | None = None
     profile: Profile | None = None
-    kv_cache: Literal["auto", "fp8"] = "auto"
 
     def __post_init__(self) -> None:
-        for key, kind in get_type_hints(Target).items():
-            if choices := get_args(kind) if getattr(kind, "__origin__", None) is Literal else ():
-                _require(key, getattr(self, key) in choices, "one of " + ", ".join(choices), getattr(self, key))
+        runtime = runtime_of(self.runtime)
+        for key, choices in (("form", runtime.forms), ("cache", runtime.caches)):
+            _require(key, getattr(self, key) in choices, "one of " + ", ".join(choices), getattr(self, key))
         for key in ("name", "description", "note"):
             value = getattr(self, key)
             _require(key, isinstance(value, str) and len(value) <= _MAX_NOTE, f"a text of at most {_MAX_NOTE} characters", value)
         _require("executed", isinstance(self.executed, bool), "true or false", self.executed)
-        _require("block_size", _whole(self.block_size, 0), "a whole number of at least 0", self.block_size)
-        texts = isinstance(self.providers, tuple) and all(isinstance(item, str) for item in self.providers)
-        _require("providers", texts, "a list of texts", self.providers)
-        known = get_args(get_type_hints(Target)["precision"])
-        offered = isinstance(self.precisions, tuple) and all(item in known for item in self.precisions)
-        _require("precisions", offered, "a list of some of " + ", ".join(known), self.precisions)
+        _require("providers", _texts(self.providers), "a list of texts", self.providers)
+        offered = _texts(self.precisions) and all(item in runtime.precisions for item in self.precisions)
+        _require("precisions", offered, "a list of some of " + ", ".join(runtime.precisions), self.precisions)
         _require("gpu", self.gpu is None or isinstance(self.gpu, Gpu), "a table", self.gpu)
         _require("profile", self.profile is None or isinstance(self.profile, Profile), "a table", self.profile)
-        on_gpu = self.runtime != "onnxruntime"
         for key in ("gpu", "profile"):
-            _require(
-                key,
-                (getattr(self, key) is not None) == on_gpu,
-                "a table for the TensorRT runtimes, and for them alone",
-                getattr(self, key),
-            )
-        _require("providers", on_gpu or bool(self.providers), "at least one for onnxruntime", self.providers)
-
-    @property
-    def on_onnx(self) -> bool:
-        """Whether the engine is an ONNX graph."""
-        return self.runtime == "onnxruntime"
+            given = getattr(self, key)
+            _require(key, (given is not None) == runtime.on_gpu, "a table for runtimes on a GPU, and for them alone", given)
+        _require("providers", runtime.on_gpu or bool(self.providers), f"at least one for {self.runtime}", self.providers)
 
 
 def target_names() -> list[str]:
@@ -128,30 +124,38 @@ def load_targets() -> list[Target]:
     return found
 
 
-def load_target(name: str, precision: str | None = None) -> Target:
-    """Read a target by name, in its own precision or another that it offers.
+def load_target(name: str | os.PathLike[str], precision: str | None = None) -> Target:
+    """A target by the name of one of ours, or by the path of a file of your own (`card.toml`, `targets/card.toml`).
 
-    Raises TargetError for an unknown name, a precision the target does not offer, or a malformed file.
+    In its own precision or another that it offers. Raises TargetError for an unknown name, a precision the target does not offer, or a
+    malformed file.
     """
-    if name not in target_names():
+    given = os.fspath(name)
+    own = given not in target_names()
+    if own and not given.endswith(".toml"):
         raise TargetError(
-            f"unknown target {name[:200]!r}", expected="one of " + ", ".join(target_names()),
+            f"unknown target {given[:200]!r}",
+            expected="one of " + ", ".join(target_names()) + ", or the path of a .toml file",
             remedy="pass one of them as --target",
-        )  # fmt: skip
-    path = FOLDER / f"{name}.toml"
+        )
+    path = Path(given) if own else FOLDER / f"{given}.toml"
     try:
-        target = _read(name, path)
+        if own and not path.stem.isprintable():
+            raise TargetError("the file's name", expected="characters that can be printed", found=ascii(path.stem)[:200])
+        target = _read(path.stem, path)
     except TargetError as error:
-        remedy = f"correct {path}, or remove it"
+        remedy = f"correct {path}, or " + ("give another --target" if own else "remove it")
         raise TargetError(f"{path.name}: {error.what}", expected=error.expected, found=error.found, remedy=remedy) from error
-    if precision is None or precision == target.precision:
+    if precision is None or precision == target.precision.name:
         return target
     if precision not in target.precisions:
         raise TargetError(
-            f"precision of the target {name}", expected=", ".join(target.precisions or (target.precision,)), found=precision[:200],
+            f"precision of the target {target.name}",
+            expected=", ".join(target.precisions or (target.precision.name,)),
+            found=precision[:200],
             remedy="choose another --precision or --target",
-        )  # fmt: skip
-    return dataclasses.replace(target, precision=precision)  # type: ignore[arg-type]
+        )
+    return dataclasses.replace(target, precision=precision_of(target.runtime, precision))
 
 
 def _read(name: str, path: Path) -> Target:
@@ -173,11 +177,13 @@ def _read(name: str, path: Path) -> Target:
         if key in values:
             _require(key, isinstance(values[key], dict), "a table", values[key])
             _keys(key, values[key], kind)
-            values[key] = kind(**values[key])
-    for key in ("providers", "precisions"):
-        if isinstance(values.get(key), list):
-            values[key] = tuple(values[key])
-    return Target(name=name, **values)
+            values[key] = kind(**_tuples(values[key], "cards"))
+    values["precision"] = precision_of(runtime_of(values["runtime"]).name, values["precision"])
+    return Target(name=name, **_tuples(values, "providers", "precisions"))
+
+
+def _tuples(table: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return table | {key: tuple(table[key]) for key in keys if isinstance(table.get(key), list)}
 
 
 def _keys(what: str, table: Iterable[str], kind: Any, but: tuple[str, ...] = ()) -> None:
@@ -188,6 +194,15 @@ def _keys(what: str, table: Iterable[str], kind: Any, but: tuple[str, ...] = ())
         raise TargetError(f"{what} lacks keys", expected=", ".join(sorted(needed)), found=f"no {', '.join(missing)}")
     if unknown := sorted(set(table) - set(known)):
         raise TargetError(f"{what} has unknown keys", expected=", ".join(sorted(known)), found=", ".join(unknown)[:200])
+
+
+def _texts(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+
+
+def plain_name(card: str) -> str:
+    """The letters and digits of a card's name, by which names are compared."""
+    return re.sub(r"[^a-z0-9]", "", card.lower())
 
 
 def _whole(value: object, least: int) -> bool:
@@ -202,24 +217,24 @@ def _require(key: str, holds: bool, expected: str, found: object) -> None:
 def with_kv_cache(target: Target, kv_cache: str) -> Target:
     """The target with keys and values cached as `kv_cache`: "auto" (the arithmetic's own type) or "fp8" (float8_e4m3).
 
-    Raises TargetError where "fp8" has no meaning: a runtime other than TensorRT-LLM, a card without float8, or fp32.
+    Raises TargetError where "fp8" has no meaning: a runtime that has no such cache, a card without float8, or fp32.
     """
-    if kv_cache == target.kv_cache:
-        return target
     wrong: tuple[str, str, str] | None = None
-    if kv_cache not in ("auto", "fp8"):
+    if kv_cache == "auto":
+        return target
+    if kv_cache != "fp8":
         wrong = "auto or fp8", kv_cache, "choose one of them"
-    elif kv_cache == "fp8" and target.runtime != "tensorrt_llm":
+    elif not runtime_of(target.runtime).float8_cache:
         wrong = "a TensorRT-LLM target", f"{target.name}, {target.runtime}", "choose another --target, or --kv-cache auto"
-    elif kv_cache == "fp8" and target.gpu is not None and _capability(target.gpu) < _FP8_CAPABILITY:
+    elif target.gpu is not None and _capability(target.gpu) < _FP8_CAPABILITY:
         card = f"{target.name}, {target.gpu.compute_capability}"
         wrong = "compute capability 8.9 or higher", card, "choose another --target, or --kv-cache auto"
-    elif kv_cache == "fp8" and target.precision == "fp32":
-        wrong = "a precision narrower than fp32", "fp32", "choose --precision bf16 or fp16, or --kv-cache auto"
+    elif target.precision.arithmetic == "float32":
+        wrong = "a precision narrower than fp32", target.precision.name, "choose --precision bf16 or fp16, or --kv-cache auto"
     if wrong is not None:
         expected, found, remedy = wrong
         raise TargetError(f"--kv-cache {kv_cache}", expected=expected, found=found, remedy=remedy)
-    return dataclasses.replace(target, kv_cache=kv_cache)  # type: ignore[arg-type]
+    return dataclasses.replace(target, precision=target.precision.with_cache("float8_e4m3"))
 
 
 def _capability(gpu: Gpu) -> tuple[int, ...]:

@@ -17,20 +17,18 @@ class DeployedWeights:
     """`ngpt.weights.Weights` plus two exact foldings.
 
     The research position code is a signed swap within channel pairs and a diagonal: the swap goes into the rows of the q
-    and k projections, the diagonal (`position_diagonal`) stays. With `half_precision`, relu2's branch is scaled by
-    hidden_size**-1/4, because relu2 of a value near sqrt(E) leaves float16's range; the norm that follows is scale
-    invariant up to its eps, which is scaled along (`mlp_eps`).
+    and k projections, the diagonal (`position_diagonal`) stays. In float16 `arithmetic` relu2's branch is scaled (`branch_scale`), and
+    the eps of the norm that follows along with it (`mlp_eps`).
     `replace`, if given, maps (name, matrix) to the matrix used in its place (quantise and dequantise, say).
     """
 
     def __init__(
-        self, weights: Weights, *, half_precision: bool = False, replace: Callable[[str, Array], Array] | None = None
+        self, weights: Weights, *, arithmetic: str = "float32", replace: Callable[[str, Array], Array] | None = None
     ) -> None:
         self.source = weights
         self.spec: NGPTSpec = weights.spec
         self._replace = replace
-        scaled = half_precision and self.spec.mlp == "relu2" and not self.spec.gated
-        self._branch = self.spec.hidden_size**-0.25 if scaled else 1.0
+        self._branch = branch_scale(self.spec, arithmetic)
         self.mlp_eps = self.spec.mlp_eps * self._branch**2
 
     def names(self) -> tuple[str, ...]:
@@ -58,6 +56,14 @@ class DeployedWeights:
         if self._replace is not None and name.endswith(".weight"):
             return self._replace(name, value)
         return value
+
+
+def branch_scale(spec: NGPTSpec, arithmetic: str) -> float:
+    """What the inputs of relu2 are scaled by: hidden_size**-1/4 in float16, whose range relu2 of a value near sqrt(E) leaves; else 1.
+
+    The output is scaled by the square, which the norm that follows takes away again up to its eps.
+    """
+    return spec.hidden_size**-0.25 if arithmetic == "float16" and spec.mlp == "relu2" and not spec.gated else 1.0
 
 
 def _signed_swap(rows: Array) -> Array:

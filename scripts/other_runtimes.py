@@ -63,7 +63,7 @@ class Case:
 
 def cases(work: Path) -> Iterator[Case]:
     """Every engine that is to be tried, built under `work`."""
-    import engines.onnx_graph
+    import engines.backends.onnx
     from engines import load_engine
     from engines.build import build_engine
 
@@ -92,11 +92,11 @@ def cases(work: Path) -> Iterator[Case]:
         yield made(f"{name} left-padded", checkpoint, "onnx-portable", ragged)
         yield made(name, checkpoint, "cpu-fp32", even)
     try:
-        limit, engines.onnx_graph.EXTERNAL_DATA_FROM = engines.onnx_graph.EXTERNAL_DATA_FROM, 0
+        limit, engines.backends.onnx.EXTERNAL_DATA_FROM = engines.backends.onnx.EXTERNAL_DATA_FROM, 0
         for target in ("onnx-portable", "cpu-int8"):
             yield made("weights in a file", TINY, target, ids[:1])
     finally:
-        engines.onnx_graph.EXTERNAL_DATA_FROM = limit
+        engines.backends.onnx.EXTERNAL_DATA_FROM = limit
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

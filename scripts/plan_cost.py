@@ -52,9 +52,8 @@ class Peak(threading.Thread):
 
 def worker(checkpoint: Path, target: str, precision: str | None) -> None:
     """Build once; prints one line of JSON."""
-    from engines.plan import build_plan
+    from engines.backends.tensorrt import build_plan
     from engines.target import load_target
-    from export.lowerings.tensorrt_layers import ARITHMETIC
     from export.lowerings.tensorrt_library import load_library
     from export.weights import DeployedWeights
     from ngpt.checkpoint import open_checkpoint
@@ -66,7 +65,7 @@ def worker(checkpoint: Path, target: str, precision: str | None) -> None:
     peak.start()
     with open_checkpoint(checkpoint) as opened, tempfile.TemporaryDirectory(dir=checkpoint) as folder:
         start = time.perf_counter()
-        weights = DeployedWeights(Weights(opened), half_precision=ARITHMETIC[chosen.precision] == "fp16")
+        weights = DeployedWeights(Weights(opened), arithmetic=chosen.precision.arithmetic)
         size = build_plan(weights, chosen, library, Path(folder) / "model.engine")
         seconds = time.perf_counter() - start
     peak.done.set()
@@ -76,6 +75,8 @@ def worker(checkpoint: Path, target: str, precision: str | None) -> None:
 
 def measure(target: str, precision: str | None, layers: list[int]) -> list[dict[str, Any]]:
     """One row per layer count, and the projection to the whole model as the last."""
+    from engines.target import load_target
+
     rows = []
     for count in layers:
         with tempfile.TemporaryDirectory() as folder:
@@ -90,9 +91,9 @@ def measure(target: str, precision: str | None, layers: list[int]) -> list[dict[
     for key in ("seconds", "anonymous_bytes", "plan_bytes"):
         per_layer = (last[key] - first[key]) / span
         whole[key] = first[key] + per_layer * (WHOLE - first["layers"])
-    # The embedding table in 16 bits and the head in the precision's width, beyond the 4096 rows that were built.
-    head = {"int8": 1.0, "int4": 1.0, "fp8": 1.0, "fp32": 4.0}.get(precision or "fp16", 2.0)
-    whole["plan_bytes"] += (REAL_VOCABULARY - VOCABULARY) * HIDDEN * (head + (4 if precision == "fp32" else 2))
+    # The rows of the embedding table and of the head beyond those that were built.
+    numbers = load_target(target, precision).precision
+    whole["plan_bytes"] += sum(kind.bytes(REAL_VOCABULARY - VOCABULARY, HIDDEN) for kind in (numbers.head, numbers.embedding))
     return [*rows, whole]
 
 

@@ -48,7 +48,7 @@ def table(spec: NGPTSpec, precisions: tuple[str, ...]) -> str:
             except TargetError:
                 rows.append(f"| {name} | {precision} | none | | | | | |")
                 continue
-            sizes = f"{found.weights / 1e9:.2f} | {found.cache / 1e9:.2f} | {found.most_sequences}"
+            sizes = f"{found.memory.weights / 1e9:.2f} | {found.cache / 1e9:.2f} | {found.most_sequences}"
             rates = f"{found.rate:.0f} | {found.rate * found.concurrency:.0f}"
             rows.append(f"| {name} | {precision} | {found.ranks} | {sizes} | {rates} |")
     return HEAD + "\n".join(rows) + "\n"

@@ -26,10 +26,10 @@ def reference(args: argparse.Namespace) -> int:
     """Write tokens, float32 logits, and the logits PyTorch computes in the engine's type."""
     from engines.parity.prompts import make_sequences
     from engines.parity.reference import TorchReference, loadable_folder
-    from export.trtllm.config import storage_dtype
+    from export.precision import TENSORRT_LLM
     from ngpt.checkpoint import open_checkpoint
 
-    dtype = storage_dtype(args.precision)
+    dtype = TENSORRT_LLM[args.precision].arithmetic
     with open_checkpoint(args.checkpoint) as checkpoint, loadable_folder(checkpoint) as folder:
         wide = TorchReference(folder, "float32" if dtype != "float32" else "float64")
         steps = min(32, checkpoint.spec.max_length // 2)

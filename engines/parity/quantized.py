@@ -16,8 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-QuantizeDequantize = Callable[[NDArray[np.float32], int, int], NDArray[np.float32]]
-"""(weight [out, in] float32, bits, block_size along in) -> the same, after a round trip through integers."""
+from export.precision import CODE_BITS, Precision
+
+RoundTrip = Callable[[str, NDArray[np.float32]], NDArray[np.float32]]
+"""(PyTorch name of a module, its weight [out, in] float32) -> the same, after a round trip through the engine's format."""
 
 WHOLE_ROW = 0
 """As a block size: one block a row."""
@@ -40,7 +42,7 @@ class Quantization:
 
     bits: int
     block_size: int
-    quantize_dequantize: QuantizeDequantize
+    round_trip: RoundTrip
     applies: Callable[[str], bool] = every_projection
     int8_activations: bool = True
     head_bits: int | None = None
@@ -78,6 +80,31 @@ class Quantization:
         return blocks, 2.0 ** (exponent - 3) * unit
 
 
+def quantization_of(precision: Precision) -> Quantization | None:
+    """What a precision means for the check; None where its projections are plain.
+
+    Bits, block and kind are read from its formats; what a step of them is, the check works out for itself.
+    """
+    if not precision.quantised:
+        return None
+    projections, head = precision.projections, precision.head
+
+    def round_trip(name: str, weight: NDArray[np.float32]) -> NDArray[np.float32]:
+        return (head if name == "lm_head" else projections).round_trip(weight)
+
+    return Quantization(
+        CODE_BITS[projections.code],
+        max(projections.block or 0, WHOLE_ROW),
+        round_trip,
+        applies=every_projection if not head.plain else lambda name: name != "lm_head" and every_projection(name),
+        int8_activations=precision.activations is not None,
+        head_bits=CODE_BITS.get(head.code),
+        head_block=head.block,
+        narrow_embedding=precision.embedding.code == "float16",
+        float8=projections.code == "float8_e4m3",
+    )
+
+
 @dataclass
 class WeightAudit:
     """Worst results over all quantised matrices, in units of one quantisation step of the block."""
@@ -94,7 +121,7 @@ def put_quantized_weights(model: nn.Module, quantization: Quantization) -> Weigh
     audit = WeightAudit()
 
     def rounded(name: str, before: NDArray[np.float32]) -> NDArray[np.float32]:
-        after = quantization.quantize_dequantize(before, quantization.bits_of(name), quantization.block_of(name))
+        after = quantization.round_trip(name, before)
         audit_weight(audit, name, before, after, quantization)
         return after
 

@@ -29,12 +29,15 @@ from engines.parity.quantized import (
     WeightAudit,
     put_perturbed_weights,
     put_quantized_weights,
+    quantization_of,
     quantize_activations,
 )
 from engines.parity.reference import TorchReference, loadable_folder
 from engines.parity.report import ParityReport, SequenceResult
-from engines.parity.scheme import scheme
 from engines.parity.trace import Trace
+from engines.record import recorded_precision
+from engines.runtimes import precision_of
+from export.precision import Precision, plain
 from ngpt.checkpoint import Checkpoint, expected_tensors, open_checkpoint
 from ngpt.errors import EngineError
 from ngpt.progress import Progress, silent
@@ -50,9 +53,8 @@ def verify(
     prompts: Items[str | Items[int]] | None = None,
     decode_steps: int | None = None,
     seed: int = 0,
-    precision: str | None = None,
+    precision: Precision | str | None = None,
     runtime: str | None = None,
-    block_size: int = 32,
     quantization: Quantization | None = None,
     taps: TapFunction | None = None,
     float64_limit_bytes: int = FLOAT64_LIMIT_BYTES,
@@ -62,9 +64,9 @@ def verify(
     """Compare an engine, teacher-forced, with `NGPTForCausalLM` on the same checkpoint.
 
     ``engine``: a folder, a loaded engine, or a bare runner. ``decode_steps``: 64, or half the model's length where that is less, if
-    not given. ``precision`` and ``runtime``: what the engine computes in, as
-    target files name it (default: the manifest's, else "fp32" and "onnxruntime"); `engines.parity.scheme` says what that means, with
-    ``block_size`` for ONNX Runtime's quantised weights; ``quantization`` states another scheme. ``taps`` gives the engine's
+    not given. ``precision``: what the engine computes in and stores, itself or by its name in ``runtime`` (default: what the manifest
+    says, else float32 everywhere, and "onnxruntime");
+    ``quantization`` states another idea of its weights. ``taps`` gives the engine's
     hidden states, ids [T] to name -> [T, E], for the check layer by layer. The reference is float64 where the model fits in
     ``float64_limit_bytes``, else float32; the report says which. ``name`` heads the report (default: the manifest's).
     ``progress(what, part)``.
@@ -73,12 +75,11 @@ def verify(
     disagreement is no exception: it is the verdict "fail".
     """
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
-    runner, owned, own_name, declared, own_runtime = _runner_of(engine)
+    runner, owned, own_name, declared, declared_runtime = _runner_of(engine)
     try:
         _check_sizes(runner, checkpoint)
-        arithmetic, own_quantization = scheme(precision or declared, runtime or own_runtime, block_size)
-        quantization = quantization or own_quantization
-        work = _Work(checkpoint, arithmetic, quantization, float64_limit_bytes, progress)
+        precision = precision_of(runtime or declared_runtime, precision) if isinstance(precision, str) else precision or declared
+        work = _Work(checkpoint, precision.arithmetic, quantization or quantization_of(precision), float64_limit_bytes, progress)
         with loadable_folder(checkpoint) as folder:
             sequences, original = work.original(folder, checkpoint, prompts, runner.max_length, decode_steps, seed)
             reference, audit = work.reference(folder, sequences, original)
@@ -308,7 +309,7 @@ def _check_sizes(runner: Runner, checkpoint: Checkpoint) -> None:
         )
 
 
-def _runner_of(engine: Any) -> tuple[Runner, Any, str, str, str]:
+def _runner_of(engine: Any) -> tuple[Runner, Any, str, Precision, str]:
     """(runner, what to close afterwards or None, name, precision, runtime) of whatever was passed as an engine."""
     owned = None
     if isinstance(engine, str | os.PathLike):
@@ -333,5 +334,5 @@ def _runner_of(engine: Any) -> tuple[Runner, Any, str, str, str]:
             found=type(engine).__name__,
         )
     if manifest is None:
-        return runner, owned, type(runner).__name__, "fp32", "onnxruntime"
-    return runner, owned, manifest.name, manifest.target.precision, manifest.target.runtime
+        return runner, owned, type(runner).__name__, plain("fp32", "float32"), "onnxruntime"
+    return runner, owned, manifest.name, recorded_precision(manifest), manifest.target.runtime

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .compatibility import slots_for
-from .errors import ClosedError, EngineFileError, MissingRuntimeError, RequestError, RunnerError, ServingError
+from .errors import ClosedError, EngineFileError, RequestError, RunnerError, ServingError
 from .manifest import Manifest, contained_path, read_manifest
 from .manifest import verify_files as check_files
 from .request import RequestHandle, TokenEvent
@@ -23,12 +22,28 @@ from .scheduler import Scheduler
 from .text import TOKENIZER_NAME, TextStream, Tokenizer
 
 _USUAL_SLOTS = 8
-# manifest.target.runtime -> (module of this package, class, library it needs)
-_RUNNERS = {
-    "onnxruntime": (".onnx_runner", "OnnxRunner", "onnxruntime"),
-    "tensorrt": (".tensorrt_runner", "TensorRTRunner", "tensorrt"),
-    "tensorrt_rtx": (".tensorrt_runner", "TensorRTRunner", "tensorrt_rtx"),
-}
+OpenRunner = Callable[[Path, Manifest, int, int | None], Runner]
+"""(engine folder, its manifest, slots, threads or None) -> the runner, its model loaded."""
+
+
+def _onnx(folder: Path, manifest: Manifest, num_slots: int, threads: int | None) -> Runner:
+    from .onnx_runner import OnnxRunner
+
+    return OnnxRunner(folder, manifest, num_slots, threads)
+
+
+def _tensorrt(folder: Path, manifest: Manifest, num_slots: int, threads: int | None) -> Runner:
+    from .tensorrt_runner import TensorRTRunner
+
+    return TensorRTRunner(folder, manifest, num_slots, threads)
+
+
+_RUNNERS: dict[str, OpenRunner] = {"onnxruntime": _onnx, "tensorrt": _tensorrt, "tensorrt_rtx": _tensorrt}
+
+
+def register_runner(runtime: str, opener: OpenRunner) -> None:
+    """Run engines whose `manifest.target.runtime` is `runtime` through `opener`, which is a runtime from outside's own."""
+    _RUNNERS[runtime] = opener
 
 
 class Engine:
@@ -226,19 +241,11 @@ def open_runner(folder: Path, manifest: Manifest, num_slots: int, threads: int |
             if runtime == "tensorrt_llm"
             else "This engine needs another version of the package.",
         )
-    module, name, library = _RUNNERS[runtime]
     remedy = "See whether the engine was built for this machine and this version of its runtime; if it was, build it again."
     try:
-        kind = getattr(importlib.import_module(module, __package__), name)
-        runner = kind(folder, manifest, num_slots, threads)
-    except ServingError:
+        return _RUNNERS[runtime](folder, manifest, num_slots, threads)
+    except (ServingError, ModuleNotFoundError):
         raise
-    except ModuleNotFoundError as error:
-        if error.name != library:
-            raise
-        raise MissingRuntimeError(
-            f"the library {library}", expected="installed", found="not installed", remedy=f"Run: pip install {library}"
-        ) from error
     except MemoryError as error:
         raise RunnerError(
             f"the engine {manifest.name[:200]} does not fit this machine's memory", found=str(error)[:200],
@@ -248,7 +255,6 @@ def open_runner(folder: Path, manifest: Manifest, num_slots: int, threads: int |
         raise EngineFileError(
             f"the engine {manifest.name[:200]} cannot be loaded", found=f"{type(error).__name__}: {error}"[:500], remedy=remedy
         ) from error
-    return cast(Runner, runner)
 
 
 def _shut_down(scheduler: Scheduler, runner: Runner) -> None:

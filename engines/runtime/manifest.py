@@ -14,7 +14,9 @@ from typing import Any
 
 from .errors import EngineFileError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_OLDER = (1,)
+"""Read as well: version 1 (ngpt-deploy 0.1) has no `precision`, and flags that said the same."""
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_LAYERS = 10_000
@@ -109,7 +111,8 @@ class Manifest:
     """What an engine folder holds and where it came from. Raises EngineFileError on a bad field.
 
     `generation` holds the sampling settings of the checkpoint's generation_config.json under its names (temperature, top_p, ...), for
-    endpoints that apply a model's own defaults.
+    endpoints that apply a model's own defaults. `precision` says what `target.precision` stands for: the types and formats of
+    `export.precision.Precision.describe`, empty in an engine of version 0.1.
     """
 
     name: str
@@ -123,19 +126,22 @@ class Manifest:
     flags: Mapping[str, Any] = field(default_factory=dict)
     parity: Mapping[str, Any] | None = None
     generation: Mapping[str, float | bool] = field(default_factory=dict)
+    precision: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
-        if not _is_int(self.schema_version) or self.schema_version != SCHEMA_VERSION:
+        if not _is_int(self.schema_version) or self.schema_version not in (SCHEMA_VERSION, *_OLDER):
             raise EngineFileError(
                 "manifest schema_version",
-                expected=str(SCHEMA_VERSION),
+                expected=" or ".join(map(str, (*_OLDER, SCHEMA_VERSION))),
                 found=_shown(self.schema_version),
-                remedy="Build the engine again with this version of the package.",
+                remedy="Build the engine again with this version of the package: ngpt-deploy build --checkpoint ... --target ...",
             )
+        if self.schema_version == SCHEMA_VERSION and not self.precision:
+            raise _wrong("precision", "a table of types and formats", self.precision)
         _text("name", self.name)
         _text("created", self.created)
-        for key, table in (("digests", self.digests), ("tools", self.tools)):
+        for key, table in (("digests", self.digests), ("tools", self.tools), ("precision", self.precision)):
             for item, value in _mapping(key, table).items():
                 _text(f"a name in {key}", item, most=_MAX_KEY)
                 _text(f"{key}.{item}", value, empty=True)
@@ -172,7 +178,7 @@ class Manifest:
         target["providers"] = list(self.target.providers)
         model = asdict(self.model)
         model["eos_token_ids"] = list(self.model.eos_token_ids)
-        tables: dict[str, Any] = {k: dict(getattr(self, k)) for k in ("digests", "tools", "flags", "generation")}
+        tables: dict[str, Any] = {k: dict(getattr(self, k)) for k in ("digests", "tools", "flags", "generation", "precision")}
         tables["files"] = {n: asdict(e) for n, e in sorted(self.files.items())}
         parity = None if self.parity is None else dict(self.parity)
         return {**data, **tables, "target": target, "model": model, "parity": parity}
@@ -365,7 +371,7 @@ def _keys(key: str, value: object, kind: type) -> Mapping[str, Any]:
     """The table, after its keys are held against the fields of the dataclass `kind`."""
     table = _mapping(key, value)
     allowed = {f.name for f in fields(kind)}
-    needed = allowed - {"note", "flags", "parity", "generation"}
+    needed = allowed - {"note", "flags", "parity", "generation", "precision"}
     if unknown := sorted(map(str, set(table) - allowed)):
         raise _wrong(f"{key}.{unknown[0]}", "no such key", table.get(unknown[0]))
     if missing := sorted(needed - set(table)):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -19,15 +18,17 @@ from numpy.typing import NDArray
 from export.lowerings.base import Lowering
 from export.lowerings.onnx_builder import GraphBuilder
 from export.network import trace
-from export.quantize import Quantized, quantize
+from export.precision import CODE_BITS, ONNX_RUNTIME, Precision
+from export.quantize import Quantized
 from export.weights import DeployedWeights, inverse_root, position_diagonal, rope_tables
+from ngpt.errors import UnsupportedError
 
 OPSET = 23
+DATA_TYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
 # Far below the mean square of any row but a zero one, which it turns into zeros instead of NaN.
 ZERO_ROW_EPSILON = 1e-30
 # Other people's tools go by these names: transformers.js makes its first, empty cache from them, optimum computes sizes from them.
 BATCH, NEW, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "past_sequence_length + sequence_length"
-Precision = Literal["fp32", "fp16", "int8", "int4"]
 
 
 class OnnxPortable(GraphBuilder, Lowering[ir.Value]):
@@ -35,10 +36,10 @@ class OnnxPortable(GraphBuilder, Lowering[ir.Value]):
 
     present_axis = TOTAL
 
-    def __init__(self, weights: DeployedWeights, precision: Precision = "fp32", block_size: int = 32) -> None:
+    def __init__(self, weights: DeployedWeights, precision: Precision = ONNX_RUNTIME["fp32"]) -> None:
         Lowering.__init__(self, weights)
-        GraphBuilder.__init__(self, ir.DataType.FLOAT16 if precision == "fp16" else ir.DataType.FLOAT)
-        self.precision, self.block_size = precision, block_size
+        GraphBuilder.__init__(self, DATA_TYPES[precision.arithmetic])
+        self.precision = precision
         self.input_ids = self._input("input_ids", [BATCH, NEW])
         self.attention_mask = self._input("attention_mask", [BATCH, TOTAL])
         self.position_ids = self._input("position_ids", [BATCH, NEW])
@@ -100,8 +101,9 @@ class OnnxPortable(GraphBuilder, Lowering[ir.Value]):
     # -- fine operations ---------------------------------------------------------------------------------------------
 
     def embedding(self, name: str) -> ir.Value:
-        narrow = self.precision in ("int8", "int4")
-        table = self._weight("embed.table", lambda: self.weights.get("embed"), self.weights.shape("embed"), narrow=narrow)
+        stored = DATA_TYPES[self.precision.embedding.code]
+        narrow = stored != self.dtype
+        table = self._weight("embed.table", lambda: self.weights.get("embed"), self.weights.shape("embed"), dtype=stored)
         rows = self._node("Gather", [table, self.input_ids], f"{name}.rows" if narrow else name)
         return self._node("Cast", [rows], name, to=self.dtype) if narrow else rows
 
@@ -350,14 +352,17 @@ class OnnxRuntime(OnnxPortable):
     def _multiply(
         self, name: str, x: ir.Value, load: Callable[[], NDArray[np.float32]], rows: int, columns: int, bias: ir.Value | None
     ) -> ir.Value:
-        if self.precision not in ("int8", "int4"):
+        stored = self.precision.format_of(name)
+        if stored.plain:
             return super()._multiply(name, x, load, rows, columns, bias)
-        bits = bits_of(name, self.precision)
-        blocks, block = -(-columns // self.block_size), self.block_size
+        if stored.code not in ("int8", "int4"):
+            raise UnsupportedError("format of weights in ONNX Runtime", expected="int8 or int4", found=str(stored))
+        bits, block = CODE_BITS[stored.code], stored.block_of(columns)
+        blocks = -(-columns // block)
 
         @lru_cache(maxsize=1)
         def quantized() -> Quantized:
-            return quantize(load(), bits, block)
+            return stored.quantize(load())
 
         def scales() -> NDArray[np.float32]:
             result = quantized().scales.reshape(-1)
@@ -370,11 +375,6 @@ class OnnxRuntime(OnnxPortable):
         return self._node(
             "MatMulNBits", inputs, name, "com.microsoft", K=columns, N=rows, bits=bits, block_size=block, accuracy_level=4
         )
-
-
-def bits_of(name: str, precision: str) -> int:
-    """Width of a quantised matrix: the head decides between close tokens, so it keeps 8 bits even in int4 engines."""
-    return 8 if precision == "int8" or name.split(".")[0] == "head" else 4
 
 
 def _stack(weights: DeployedWeights, parts: Sequence[str], kind: str) -> NDArray[np.float32]:

@@ -58,12 +58,11 @@ class GraphBuilder:
         load: Callable[[], NDArray[Any]],
         shape: Sequence[int],
         *,
-        narrow: bool = False,
         dtype: ir.DataType | None = None,
     ) -> ir.Value:
         """A tensor that is read, folded and written only when the graph is saved, and not kept afterwards."""
         if name not in self.initializers:
-            kind = dtype or (ir.DataType.FLOAT16 if narrow else self.dtype)
+            kind = dtype or self.dtype
             numpy_dtype = kind.numpy()
 
             def evaluate() -> ir.Tensor:

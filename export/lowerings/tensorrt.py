@@ -184,5 +184,5 @@ class TensorRT(TensorRTLayers):
         if self.library.has_lengths:  # beyond them every key is masked: the kernel need not read it
             layer.key_value_lengths = self.lengths
         # There is no fused float32 kernel.
-        layer.decomposable = self.precision == "fp32"
+        layer.decomposable = self.precision.arithmetic == "float32"
         return self.out(name, layer)

@@ -12,14 +12,11 @@ from numpy.typing import NDArray
 from export.lowerings.base import Lowering
 from export.lowerings.spool import Spool
 from export.lowerings.tensorrt_library import Library
-from export.quantize import quantize, quantize_fp8
+from export.precision import TENSORRT, Precision
+from export.quantize import rounded
 from export.weights import DeployedWeights
 from ngpt.errors import UnsupportedError
 from ngpt.progress import Progress, silent
-
-ARITHMETIC = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "fp16", "fp8": "fp16", "int4": "fp16"}
-"""Precision of an engine -> type of its arithmetic. Unit-norm states fit float16, whose steps are 8 times finer than bfloat16's."""
-INT4_BLOCK = 32
 
 
 class TensorRTLayers(Lowering[Any]):
@@ -31,19 +28,17 @@ class TensorRTLayers(Lowering[Any]):
         library: Library,
         network: Any,
         spool: Spool,
-        precision: str = "fp16",
+        precision: Precision = TENSORRT["fp16"],
         progress: Progress = silent,
         architecture: int = 80,
     ) -> None:
         """`network` is empty. `architecture`: the compute capability plugins are compiled for, in tens and units (90 is 9.0)."""
         super().__init__(weights)
-        if precision not in ARITHMETIC:
-            raise UnsupportedError("precision of a TensorRT engine", expected=", ".join(ARITHMETIC), found=precision)
         self.library, self.trt, self.network, self.spool = library, library.trt, network, spool
         self.precision, self.progress, self.architecture = precision, progress, architecture
-        self.float32, self.int32 = library.dtype("fp32"), library.dtype("int32")
-        self.stored = library.dtype(ARITHMETIC[precision])
-        library.dtype(precision)  # refused by name before any work
+        self.float32, self.int32 = library.dtype("float32"), library.dtype("int32")
+        self.stored = library.dtype(precision.arithmetic)
+        library.dtype(precision.projections.code)  # refused by name before any work
         self.values: dict[str, Any] = {}
         self.prepare()
 
@@ -92,7 +87,7 @@ class TensorRTLayers(Lowering[Any]):
     def weight(self, name: str, load: Callable[[], NDArray[np.float32]], shape: Sequence[int]) -> Any:
         """A tensor in the stored type."""
         if name not in self.values:
-            return self.constant(name, rounded(load(), ARITHMETIC[self.precision]), self.stored, shape)
+            return self.constant(name, rounded(load(), self.precision.arithmetic), self.stored, shape)
         return self.values[name]
 
     def scalar(self, name: str, value: float, rank: int) -> Any:
@@ -186,36 +181,25 @@ class TensorRTLayers(Lowering[Any]):
 
     def matrix(self, name: str, load: Callable[[], NDArray[np.float32]], rows: int, columns: int) -> Any:
         """A weight matrix [rows, columns] in the stored type, dequantised in the network where it is stored narrower."""
-        precision = self.precision
-        if precision == "int4" and name.startswith("head."):
-            precision = "int8"  # the head decides between close tokens
-        if precision == "fp8":
-            codes, scale = quantize_fp8(load())
-            data = self.constant(f"{name}.data", codes, self.library.dtype("fp8"))
-        elif precision == "int8":
-            whole = quantize(load(), 8, columns + columns % 2)
-            codes, scale = whole.codes()[:, :columns].astype(np.int8), whole.scales[:, 0]
-            data = self.constant(f"{name}.data", codes, self.library.dtype("int8"))
-        elif precision == "int4":
-            blocks = quantize(load(), 4, INT4_BLOCK)
-            if columns % INT4_BLOCK:
-                raise UnsupportedError(f"int4: columns of {name}", expected=f"a multiple of {INT4_BLOCK}", found=str(columns))
-            # Two's complement instead of an offset of 8: flip each nibble's highest bit.
-            packed = (blocks.data ^ np.uint8(0x88)).reshape(rows, columns // 2)
-            data, scale = self.constant(f"{name}.data", packed, self.library.dtype("int4"), (rows, columns)), blocks.scales
-        else:
+        stored = self.precision.format_of(name)
+        if stored.plain:
             return self.weight(name, load, (rows, columns))
+        if columns % stored.block_of(columns) and stored.code == "int4":
+            raise UnsupportedError(f"int4: columns of {name}", expected=f"a multiple of {stored.block}", found=str(columns))
+        quantized, dtype = stored.quantize(load()), self.library.dtype(stored.code)
+        if stored.code == "float8_e4m3":
+            data = self.constant(f"{name}.data", quantized.data, dtype)
+        elif stored.code == "int8":
+            data = self.constant(f"{name}.data", quantized.codes()[:, :columns].astype(np.int8), dtype)
+        elif stored.code == "int4":
+            # Two's complement instead of an offset of 8: flip each nibble's highest bit.
+            packed = (quantized.data ^ np.uint8(0x88)).reshape(rows, columns // 2)
+            data = self.constant(f"{name}.data", packed, dtype, (rows, columns))
+        else:
+            raise UnsupportedError("format of weights in TensorRT", expected="int8, int4 or float8_e4m3", found=str(stored))
+        scale = quantized.scales if stored.block else quantized.scales[:, 0]
         factors = self.weight(f"{name}.scales", lambda: scale, scale.shape)
         layer = self.network.add_dequantize(data, factors, self.stored)
         if len(scale.shape) == 1:
             self.made(name, layer).axis = 0
         return self.out(name, layer)
-
-
-def rounded(array: NDArray[np.float32], precision: str) -> NDArray[Any]:
-    """float32 rounded to the stored type; bfloat16 as ml_dtypes' type."""
-    if precision == "bf16":
-        import ml_dtypes
-
-        return array.astype(ml_dtypes.bfloat16)
-    return array.astype({"fp32": np.float32, "fp16": np.float16}[precision], copy=False)

@@ -41,11 +41,11 @@ class Library:
         self.log = _logger(module)
 
     def dtype(self, name: str) -> Any:
-        """DataType of a precision's name (fp32, fp16, bf16, int8, fp8, int4, int32, bool).
+        """DataType of a type's name (float32, float16, bfloat16, int8, int4, float8_e4m3, int32).
 
         Raises UnsupportedError where this version has no such type.
         """
-        spelled = {"fp32": "FLOAT", "fp16": "HALF"}.get(name, name.upper())
+        spelled = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "float8_e4m3": "FP8"}.get(name, name.upper())
         if not hasattr(self.trt.DataType, spelled):
             raise UnsupportedError(f"{self.name} {self.version} has no data type {name}", remedy="choose another precision")
         return getattr(self.trt.DataType, spelled)

@@ -7,34 +7,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from export.lowerings.tensorrt_layers import ARITHMETIC
+from export.precision import Precision
 from export.trtllm.parallel import Parallel
 from export.weights import DeployedWeights
 from ngpt.errors import UnsupportedError
 from ngpt.spec import NGPTSpec
 
 ARCHITECTURE = "NGPTForCausalLM"
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-QUANTISATION = {"int8": "W8A16", "int4": "W4A16", "fp8": "FP8"}
+QUANTISATION = {"int8": "W8A16", "int4": "W4A16", "float8_e4m3": "FP8"}
 """Weight-only int8 and int4 are quantised by TensorRT-LLM's own loader from plain weights (`preprocess_weights`, which calls
 `torch.ops.trtllm.symmetric_quantize_last_axis_of_batched_matrix` and interleaves), so their checkpoint holds plain weights."""
-KV_CACHE = {"auto": None, "fp8": "FP8"}
+KV_CACHE = {"float8_e4m3": "FP8"}
 ACTIVATIONS = ("relu2", "relu", "silu", "gelu_tanh")
 """`tensorrt_llm.functional` has no erf: its gelu is the tanh approximation."""
 
 
-def storage_dtype(precision: str) -> str:
-    """float32, float16 or bfloat16: what an engine of the precision stores between products."""
-    return DTYPES[ARITHMETIC[precision]]
-
-
 def trtllm_config(
-    weights: DeployedWeights, parallel: Parallel, precision: str, kernels: int | None = None, kv_cache: str = "auto"
+    weights: DeployedWeights, parallel: Parallel, precision: Precision, kernels: int | None = None
 ) -> dict[str, Any]:
     """The dict of config.json.
 
-    `kernels`: the compute capability (90 is 9.0) to use this project's plugins for, None for none. `kv_cache`: "auto" (the dtype) or "fp8",
-    from which `PretrainedConfig.kv_dtype` becomes "fp8". Raises UnsupportedError for an activation that TensorRT-LLM lacks.
+    `kernels`: the compute capability (90 is 9.0) to use this project's plugins for, None for none. A cache of float8 makes
+    `PretrainedConfig.kv_dtype` "fp8". Raises UnsupportedError for an activation that TensorRT-LLM lacks.
     """
     spec = weights.spec
     if spec.mlp not in ACTIVATIONS:
@@ -43,7 +37,7 @@ def trtllm_config(
         )
     return {
         "architecture": ARCHITECTURE,
-        "dtype": storage_dtype(precision),
+        "dtype": precision.arithmetic,
         "logits_dtype": "float32",
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.hidden_size,
@@ -60,7 +54,10 @@ def trtllm_config(
         "use_parallel_embedding": parallel.tp > 1,
         "embedding_sharding_dim": 0,
         "mapping": {"world_size": parallel.world, "tp_size": parallel.tp, "pp_size": parallel.pp},
-        "quantization": {"quant_algo": QUANTISATION.get(precision), "kv_cache_quant_algo": KV_CACHE[kv_cache]},
+        "quantization": {
+            "quant_algo": QUANTISATION.get(precision.projections.code),
+            "kv_cache_quant_algo": KV_CACHE.get(precision.cache),
+        },
         "ngpt": {"spec": spec.to_dict(), "mlp_eps": weights.mlp_eps, "kernels": kernels},
     }
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from export.trtllm.config import storage_dtype, trtllm_config
-from export.trtllm.fp8 import LARGEST, activation_scale, cache_scale, weight_scale
+from export.precision import Precision
+from export.quantize import FLOAT8_LARGEST
+from export.trtllm.config import trtllm_config
+from export.trtllm.fp8 import activation_scale, cache_scale, weight_scale
 from export.trtllm.layout import MODULES, Entry, Part, rank_layout
 from export.trtllm.parallel import Parallel
 from export.trtllm.rank_file import RankFile
@@ -27,28 +29,28 @@ def convert(
     weights: DeployedWeights,
     folder: Path,
     parallel: Parallel,
-    precision: str,
+    precision: Precision,
     progress: Progress = silent,
     *,
     kernels: int | None = None,
-    kv_cache: str = "auto",
 ) -> None:
     """Write config.json and rank{i}.safetensors into an existing folder.
 
-    Each canonical tensor is read once (fp8: twice, for its range) and its shares go to all files. Precisions: fp32, fp16, bf16; int8
-    and int4 (plain weights, which TensorRT-LLM's loader quantises); fp8 (per-tensor scales). `kernels` and `kv_cache`
-    as in `trtllm_config`; a cache of fp8 adds one scale a layer, from whose inverse TensorRT-LLM's loader makes the other. Raises
+    Each canonical tensor is read once (float8: twice, for its range) and its shares go to all files. Weights that TensorRT-LLM's loader
+    quantises are written plain; float8 ones with a scale for each product. `kernels` as in `trtllm_config`; a cache of float8 adds one
+    scale a layer, from whose inverse TensorRT-LLM's loader makes the other. Raises
     UnsupportedError for sizes that cannot be divided, activations TensorRT-LLM lacks, or weights beyond float16.
     """
     parallel.check(weights.spec)
-    config = trtllm_config(weights, parallel, precision, kernels, kv_cache)
-    stored: torch.dtype = getattr(torch, storage_dtype(precision))
-    matrix = torch.float8_e4m3fn if precision == "fp8" else stored
+    config = trtllm_config(weights, parallel, precision, kernels)
+    stored: torch.dtype = getattr(torch, precision.arithmetic)
+    codes = precision.quantised and not precision.loader_quantises
+    matrix = torch.float8_e4m3fn if codes else stored
     dtypes = {"matrix": matrix, "stored": stored, "vector": torch.float32}
     layouts = [rank_layout(weights, parallel, rank) for rank in range(parallel.world)]
-    scales = _Scales(weights) if precision == "fp8" else None
+    scales = _Scales(weights) if codes else None
     layers = weights.spec.num_layers
-    caches = [cache_scale(weights, layer) for layer in range(layers)] if kv_cache == "fp8" else []
+    caches = [cache_scale(weights, layer) for layer in range(layers)] if precision.cache == "float8_e4m3" else []
     with ExitStack() as stack:
         files = []
         for rank, layout in enumerate(layouts):
@@ -112,7 +114,7 @@ def _write(file: RankFile, name: str, part: Part, value: Array, dtype: torch.dty
         block = torch.from_numpy(value[start : min(start + step, rows.stop)])
         block = block[:, columns] if block.ndim > 1 else block
         if dtype == torch.float8_e4m3fn:
-            block = (block / scale).clamp(-LARGEST, LARGEST)
+            block = (block / scale).clamp(-FLOAT8_LARGEST, FLOAT8_LARGEST)
         rounded = block.to(dtype)
         if dtype == torch.float16 and not bool(torch.isfinite(rounded).all()):
             raise UnsupportedError(

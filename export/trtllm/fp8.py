@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import numpy as np
 
+from export.quantize import FLOAT8_LARGEST
 from export.weights import Array, DeployedWeights
 from ngpt.checkpoint.values import OFF_SPHERE_LIMIT
 from ngpt.errors import UnsupportedError
-
-LARGEST = 448.0
-"""Of float8_e4m3fn."""
 
 
 def weight_scale(weights: DeployedWeights, names: list[str]) -> float:
     """One scale for the canonical matrices `names`, which are one product; reads them one at a time."""
     largest = max(_largest(weights.get(name)) for name in names)
-    return largest / LARGEST if largest > 0 else 1.0
+    return largest / FLOAT8_LARGEST if largest > 0 else 1.0
 
 
 def activation_scale(weights: DeployedWeights, product: str) -> float:
@@ -39,7 +37,7 @@ def activation_scale(weights: DeployedWeights, product: str) -> float:
         bound = float((inner * _row_bounds(weights, f"{prefix}.up") if gated else inner).max())
     if not np.isfinite(bound):
         raise UnsupportedError(f"range of the input of {product}", expected="finite weights", found=str(bound))
-    return bound / LARGEST if bound > 0 else 1.0
+    return bound / FLOAT8_LARGEST if bound > 0 else 1.0
 
 
 def cache_scale(weights: DeployedWeights, layer: int) -> float:
@@ -51,7 +49,7 @@ def cache_scale(weights: DeployedWeights, layer: int) -> float:
     above 2**-6 / 448 of the wider: e4m3 is relative. Rounded weights or hidden states can exceed a bound by their own rounding; up to
     464 / 448 of it that is e4m3's rounding too, and beyond it saturates.
     """
-    return max(1.0 / LARGEST, activation_scale(weights, f"layers.{layer}.attn.o"))
+    return max(1.0 / FLOAT8_LARGEST, activation_scale(weights, f"layers.{layer}.attn.o"))
 
 
 def _largest(matrix: Array) -> float:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from export.weights import DeployedWeights, position_diagonal, rope_tables
+from export.weights import DeployedWeights, branch_scale, position_diagonal, rope_tables
 from ngpt.checkpoint import Checkpoint, TensorInfo
 from ngpt.config_keys import DEFAULTS
 from ngpt.errors import MissingPackageError, UnsupportedError
@@ -240,19 +240,17 @@ class NGPTForCausalLM(DecoderModelForCausalLM):
         spec = NGPTSpec.from_config(keys)
         # The base class would share the embedding table with the head, whose rows carry sz here.
         config.tie_word_embeddings = False
-        half = config.torch_dtype == torch.float16
-        # As in DeployedWeights: the branch of relu2 is scaled in float16, and its eps with it.
-        scaled = half and spec.mlp == "relu2" and not spec.gated
-        mlp_eps = spec.mlp_eps * (spec.hidden_size**-0.5 if scaled else 1.0)
+        arithmetic = str(config.torch_dtype).removeprefix("torch.")
+        mlp_eps = spec.mlp_eps * branch_scale(spec, arithmetic) ** 2  # as in DeployedWeights
         super().__init__(
             NGPTModel(model_config, spec, mlp_eps), config=model_config, hidden_size=spec.hidden_size, vocab_size=spec.vocab_size
         )
-        self._keys, self._half = keys, half
+        self._keys, self._arithmetic = keys, arithmetic
 
     def load_weights(self, weights: Mapping[str, Any]) -> None:
         """Fold and load a Hugging Face checkpoint's tensors, those of this rank's stage. Raises the checkpoint's errors."""
         with Checkpoint(Path(str(getattr(self.config, "_name_or_path", ""))), self._keys, _Tensors(weights)) as checkpoint:
-            self._load(DeployedWeights(Weights(checkpoint), half_precision=self._half))
+            self._load(DeployedWeights(Weights(checkpoint), arithmetic=self._arithmetic))
 
     def _load(self, source: DeployedWeights) -> None:
         mapping, spec = self.model_config.mapping, source.spec

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from engines.target import AUTO, DEFAULT, Target, load_target, with_kv_cache
+from engines.target import AUTO, DEFAULT, Target, with_kv_cache
 from ngpt.errors import BuildError, ParityFailedError
 from scripts.commands.options import Bar, Command, add_text, positive
 from scripts.terminal import plain
@@ -19,7 +19,11 @@ def add_build(command: Command, targets: list[Target]) -> None:
     described = "; ".join(f"{target.name}: {target.description}" for target in targets).replace("%", "%%")
     build = command("build", _build, "Build the engine of a checkpoint for a target and verify it against PyTorch.")
     build.add_argument("--checkpoint", required=True, help="Hugging Face directory, or the research code's ckpt.pt")
-    build.add_argument("--target", default=DEFAULT, help=f"{described}; {AUTO}: that of this machine's GPU, else {DEFAULT}")
+    build.add_argument(
+        "--target",
+        default=DEFAULT,
+        help=f"a name, or the path of a target's file of your own (.toml). {described}; {AUTO}: that of this machine's GPU, else {DEFAULT}",
+    )
     build.add_argument(
         "--precision", help="another one that the target offers (TensorRT targets: fp16, bf16, fp32, int8, fp8, int4)"
     )
@@ -31,7 +35,11 @@ def add_build(command: Command, targets: list[Target]) -> None:
     build.add_argument("--tp", type=int, default=1, help="cards a layer is divided among (TensorRT-LLM targets)")
     build.add_argument("--pp", type=int, default=1, help="cards the layers are divided among (TensorRT-LLM targets)")
     build.add_argument("--kv-cache", choices=["auto", "fp8"], default="auto", help=KV_CACHE)
-    build.add_argument("--dry-run", action="store_true", help="say what would be done and write nothing (TensorRT-LLM targets)")
+    build.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what would be done and how much memory the engine would take, and write nothing",
+    )
 
 
 def add_verify(command: Command) -> None:
@@ -101,15 +109,11 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _dry_run(args: argparse.Namespace) -> int:
-    from engines.trtllm import dry_run
+    from engines.build import choose_target, dry_run
     from export.trtllm.parallel import Parallel
-    from ngpt.errors import TargetError
 
-    target = load_target(args.target, args.precision)
-    if target.runtime != "tensorrt_llm":
-        raise TargetError("--dry-run", expected="a TensorRT-LLM target", found=target.name)
-    target = with_kv_cache(target, args.kv_cache)
-    print(dry_run(args.checkpoint, target, Path(args.output), Parallel(args.tp, args.pp), _opening(args)))
+    target = with_kv_cache(choose_target(args.target, args.precision), args.kv_cache)
+    print(dry_run(args.checkpoint, target, Path(args.output), Parallel(args.tp, args.pp), **_opening(args)))
     return 0
 
 
@@ -130,7 +134,8 @@ def _verify(args: argparse.Namespace) -> int:
     # The text of the comparison is the engine's own: it may have been built with another tokenizer than the checkpoint's.
     own = engine if (engine / "tokenizer.json").is_file() else None
     with open_checkpoint(args.checkpoint, tokenizer=own) as checkpoint:
-        summary = verify_folder(engine, checkpoint, decode_steps=args.decode_steps, report=report)
+        with Bar() as bar:
+            summary = verify_folder(engine, checkpoint, decode_steps=args.decode_steps, report=report, progress=bar)
     if args.json:
         print(json.dumps(summary, indent=2))
     else:

@@ -23,7 +23,7 @@ def write_engine(folder, spec, *, cache="in-place", cache_dtype="float32", max_l
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.engine").write_bytes(plan)
     manifest = {
-        "schema_version": 1, "name": "golden", "created": "2026-11-24T05:00:00Z",
+        "schema_version": 2, "name": "golden", "created": "2026-11-24T05:00:00Z",
         "target": {
             "name": "rtx-fp16", "runtime": "tensorrt_rtx", "providers": [], "precision": "fp16", "cache": cache,
             "executed": False, "note": "",
@@ -33,6 +33,9 @@ def write_engine(folder, spec, *, cache="in-place", cache_dtype="float32", max_l
             "num_layers": spec.num_layers, "num_heads": spec.num_heads, "num_kv_heads": spec.num_kv_heads,
             "head_dim": spec.head_dim, "max_length": max_length, "cache_dtype": cache_dtype, "bos_token_id": None,
             "eos_token_ids": [2], "pad_token_id": None,
+        },
+        "precision": {
+            "arithmetic": "float16", "cache": cache_dtype, "projections": "float16", "head": "float16", "embedding": "float16",
         },
         "graph": "model.engine", "digests": {}, "tools": {"tensorrt_rtx": VERSION},
         "flags": {"prefill_tokens": 8, "decode_batch": 4, "compute_capability": "12.0"} | (flags or {}),

@@ -6,9 +6,11 @@ import json
 import pytest
 
 from engines.capacity import capacity, degrees, plan_capacity, read_spec
-from engines.sizing import RESERVE, footprint, weight_bytes
+from engines.memory import RESERVE, weight_bytes
 from engines.target import load_target
-from ngpt.errors import ConfigError, TargetError
+from export.precision import TENSORRT
+from export.trtllm.parallel import Parallel
+from ngpt.errors import ConfigError, TargetError, UnsupportedError
 from ngpt.spec import NGPTSpec
 from scripts.cli import main
 from scripts.sizing_tables import BEGIN, DOCUMENT, END, LARGE, tables
@@ -23,35 +25,34 @@ def test_the_8b_model_on_one_h100_by_hand():
     projections = 2 * 32 * (4096 * 128 * 80 + 2 * 4096 * 21504)
     table = 2 * 131072 * 4096
     cache = 2 * 32 * 8 * 128 * 2 * 8192 * 16
-    assert (found.ranks, found.weights, found.cache) == (1, projections + 2 * table, cache)
-    assert found.step == projections + table + cache
+    vectors = 4 * 32 * (4096 + 2 * 4096)
+    assert (found.ranks, found.memory.weights, found.cache) == (1, projections + 2 * table + vectors, cache)
+    assert found.step == projections + table + vectors + cache
     assert found.rate == pytest.approx(3350e9 / found.step)
-    assert found.free == 80_000_000_000 - RESERVE - found.weights - found.activations - cache
-
-
-def test_a_plan_for_one_gpu_agrees_with_the_builders_footprint():
-    builder = footprint(SPEC_8B, H100)
-    found = capacity(SPEC_8B, H100, H100.profile.decode_batch, SPEC_8B.max_length, 1)
-    assert (found.weights, found.activations) == (builder.weights, builder.activations)
-    assert found.most_sequences == builder.rows
+    assert found.free == 80_000_000_000 - RESERVE - found.memory.weights - found.memory.activations - cache
 
 
 def test_an_fp8_cache_is_half_as_large(capsys):
     plain = plan_capacity(SPEC_8B, load_target("h100-trtllm"), 16, 8192)
     assert main(["plan", "--target", "h100-trtllm", "--kv-cache", "fp8", "--concurrency", "16", "--json"]) == 0
     narrow = json.loads(capsys.readouterr().out)
-    assert 2 * narrow["cache"] == plain.cache and narrow["weights"] == plain.weights
+    assert 2 * narrow["cache"] == plain.cache and narrow["weights"] == plain.memory.weights
 
 
 @pytest.mark.parametrize("precision", H100.precisions)
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_ranks_together_hold_the_model_once(precision, ranks):
     """Up to the number of key-value heads nothing is repeated."""
-    assert ranks * weight_bytes(SPEC_8B, precision, ranks) == weight_bytes(SPEC_8B, precision)
+    vectors = 4 * 32 * 2 * 4096  # the learning rates, which every rank has whole
+    found = weight_bytes(SPEC_8B, TENSORRT[precision], Parallel(ranks)) - vectors
+    scales = (
+        2 * 32 * 2 * 4096 * (TENSORRT[precision].projections.block == 0)
+    )  # one for each row of o and down, whose columns are split
+    assert ranks * (found - scales) == weight_bytes(SPEC_8B, TENSORRT[precision]) - vectors - scales
 
 
 def test_beyond_the_key_value_heads_each_gpu_keeps_one():
-    eight, sixteen = (capacity(SPEC_8B, H100, 1, 8192, ranks) for ranks in (8, 16))
+    eight, sixteen = (capacity(SPEC_8B, H100, 1, 8192, Parallel(ranks)).memory for ranks in (8, 16))
     assert eight.cache_token == sixteen.cache_token
     assert eight.weights / 2 < sixteen.weights < eight.weights
     assert degrees(SPEC_8B) == [1, 2, 4, 8, 16, 32]
@@ -61,13 +62,13 @@ def test_beyond_the_key_value_heads_each_gpu_keeps_one():
 def test_the_smallest_degree_that_fits_is_found_and_one_less_is_refused_with_the_sum():
     large = NGPTSpec.from_config(LARGE)
     found = plan_capacity(large, H100, 16, 8192)
-    below = capacity(large, H100, 16, 8192, found.ranks // 2)
+    below = capacity(large, H100, 16, 8192, Parallel(found.ranks // 2))
     assert found.free >= 0 > below.free
     with pytest.raises(
         TargetError, match=rf"does not fit {below.ranks} x h100.*GB weights \+ .*use --tp {found.ranks}"
     ) as refused:
         plan_capacity(large, H100, 16, 8192, below.ranks)
-    assert f"{(below.memory - below.free) / 1e9:.2f} GB" in str(refused.value)
+    assert f"{(below.memory.card - below.free) / 1e9:.2f} GB" in str(refused.value)
 
 
 def test_more_sequences_than_are_said_to_fit_do_not():
@@ -83,7 +84,7 @@ def test_what_cannot_be_planned_is_refused_by_name(tmp_path):
         plan_capacity(SPEC_8B, load_target("cpu-int8"), 1, 10)
     with pytest.raises(TargetError, match="at most 8192 tokens, found 9000"):
         plan_capacity(SPEC_8B, H100, 1, 9000)
-    with pytest.raises(TargetError, match="one of 1, 2, 4, 8, 16, 32, found 3"):
+    with pytest.raises(UnsupportedError, match="num_attention_heads and parallelism: expected a multiple of --tp 3"):
         plan_capacity(SPEC_8B, H100, 1, 10, 3)
     with pytest.raises(TargetError, match="fit 32 x l4 .*lower --concurrency"):
         plan_capacity(SPEC_8B, load_target("l4"), 100_000, 8192)

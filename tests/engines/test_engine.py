@@ -7,7 +7,7 @@ import onnx
 import pytest
 import torch
 
-import engines.onnx_graph
+import engines.backends.onnx
 from engines import load_engine
 from engines.build import build_engine
 from tests.conftest import Golden
@@ -43,7 +43,7 @@ def test_a_research_model_of_short_context_is_built_and_passes(context, target, 
 
 
 def test_large_weights_go_to_external_data_and_come_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(engines.onnx_graph, "EXTERNAL_DATA_FROM", 0)
+    monkeypatch.setattr(engines.backends.onnx, "EXTERNAL_DATA_FROM", 0)
     case = Golden("gqa")
     steps = []
     build_engine(
@@ -61,7 +61,7 @@ def test_weights_stream_instead_of_piling_up(tmp_path):
     """What is alive at once while the graph is written is one matrix and its folding, not the model."""
     import tracemalloc
 
-    from engines.target import load_target
+    from export.precision import ONNX_RUNTIME
     from export.weights import DeployedWeights
     from ngpt import NGPTConfig, NGPTForCausalLM
     from ngpt.checkpoint import open_checkpoint
@@ -74,10 +74,10 @@ def test_weights_stream_instead_of_piling_up(tmp_path):
     NGPTForCausalLM(config).save_pretrained(tmp_path / "checkpoint")
     total = (tmp_path / "checkpoint" / "model.safetensors").stat().st_size
     with open_checkpoint(tmp_path / "checkpoint") as checkpoint, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines.onnx_graph, "EXTERNAL_DATA_FROM", 0)
+        patch.setattr(engines.backends.onnx, "EXTERNAL_DATA_FROM", 0)
         weights = DeployedWeights(Weights(checkpoint))
         tracemalloc.start()
-        engines.onnx_graph.export_graph(weights, load_target("cpu-fp32"), tmp_path / "model.onnx")
+        engines.backends.onnx.export_graph(weights, "ort", ONNX_RUNTIME["fp32"], tmp_path / "model.onnx")
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert total > 40_000_000 and peak < total / 4

@@ -8,7 +8,7 @@ import onnx
 import pytest
 import torch
 
-import engines.onnx_graph
+import engines.backends.onnx
 from engines import load_engine
 from engines.build import build_engine
 from ngpt import NGPTConfig, NGPTForCausalLM
@@ -73,7 +73,7 @@ def test_transformers_reads_config_and_tokenizer_and_finds_no_weights_to_load(tm
 
 @pytest.mark.parametrize("external", [True, False])
 def test_transformers_js_is_told_whether_there_is_a_file_of_weights(external, tmp_path, monkeypatch):
-    monkeypatch.setattr(engines.onnx_graph, "EXTERNAL_DATA_FROM", 0 if external else 64 << 20)
+    monkeypatch.setattr(engines.backends.onnx, "EXTERNAL_DATA_FROM", 0 if external else 64 << 20)
     build_engine(Golden("gqa").folder, "cpu-int8", tmp_path / "engine", verify=False)
     told = json.loads((tmp_path / "engine" / "config.json").read_text())["transformers.js_config"]
     assert told == {"dtype": "fp32", "use_external_data_format": external}

@@ -4,12 +4,13 @@ import json
 
 import pytest
 
+from engines.backends.tensorrt import DECODE, PREFILL, build_plan
 from engines.build import build_engine
-from engines.plan import DECODE, PREFILL, build_plan
 from engines.target import Gpu, Profile, Target, load_target, target_names
 from export.lowerings import tensorrt_plugins
 from export.lowerings.onnx import OnnxPortable
 from export.lowerings.tensorrt_library import load_library
+from export.precision import TENSORRT
 from export.weights import DeployedWeights
 from ngpt.checkpoint import open_checkpoint
 from ngpt.errors import BuildError, MissingPackageError, TargetError
@@ -32,13 +33,12 @@ def capabilities():
 
 def target(capability, precision="fp16"):
     gpu = Gpu(capability, 32, 1000)
-    return Target("test", "", "tensorrt_rtx", "native", precision, 32, "in-place", (), False, "", gpu=gpu, profile=PROFILE)
+    return Target("test", "", "tensorrt_rtx", "native", TENSORRT[precision], "in-place", False, "", gpu=gpu, profile=PROFILE)
 
 
 def build(folder, chosen, library, path):
-    half = chosen.precision != "fp32"
     with open_checkpoint(folder) as checkpoint:
-        weights = DeployedWeights(Weights(checkpoint), half_precision=half)
+        weights = DeployedWeights(Weights(checkpoint), arithmetic=chosen.precision.arithmetic)
         return build_plan(weights, chosen, library, path)
 
 
@@ -201,7 +201,7 @@ def test_a_datacenter_target_builds_through_stand_ins(tmp_path, monkeypatch):
     kinds = stand_in.trt.DataType
     layers = PluginLayers(stand_in.trt, None, {kinds.HALF: "float16", kinds.FLOAT: "float32"})
     monkeypatch.setattr(tensorrt_plugins, "registration", layers)
-    monkeypatch.setattr("engines.build.load_library", lambda name: stand_in)
+    monkeypatch.setattr("engines.backends.tensorrt.load_library", lambda name: stand_in)
     folder = build_engine(GOLDEN / "gqa", "h100", tmp_path / "engine")
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["target"]["runtime"] == "tensorrt" and manifest["flags"]["form"] == "plugins"
@@ -218,10 +218,10 @@ def test_a_precision_the_card_lacks_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize("name", target_names())
 def test_targets_are_consistent(name):
     chosen = load_target(name)
-    assert (chosen.gpu is None) == (chosen.profile is None) == chosen.on_onnx
+    assert (chosen.gpu is None) == (chosen.profile is None) == (chosen.runtime == "onnxruntime")
     if chosen.gpu is not None:
         assert (
-            chosen.precision in chosen.precisions
+            chosen.precision.name in chosen.precisions
             and not chosen.executed
             and "not executed" in chosen.note
             or "nor executed" in chosen.note

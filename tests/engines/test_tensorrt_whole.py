@@ -4,6 +4,7 @@ The double (tests/doubles/cuda_double.py) executes the network that TensorRT-RTX
 on the memory that the runner bound. What it cannot show is that the plan, which only a GPU can open, is that network.
 """
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 
 from engines import load_engine
 from engines.build import build_engine, verify_folder
-from engines.runtime.manifest import read_manifest
+from engines.runtime.manifest import read_manifest, write_manifest
 from export.lowerings.tensorrt_library import load_library
+from export.precision import TENSORRT
 from ngpt.checkpoint import open_checkpoint
 from tests.conftest import GOLDEN, Golden
 from tests.doubles.cuda_double import CudaDouble, decoder
@@ -30,7 +32,7 @@ def built(tmp_path, monkeypatch):
         if composed:
             for feature in OLD_FEATURES:
                 monkeypatch.setattr(library, feature, False)
-            monkeypatch.setattr("engines.build.load_library", lambda name: library)
+            monkeypatch.setattr("engines.backends.tensorrt.load_library", lambda name: library)
         folder = build_engine(GOLDEN / case, "rtx-5090", tmp_path / "engine", precision=precision)
         manifest = read_manifest(folder)
         net = Network(GOLDEN / case, library, precision)
@@ -72,8 +74,9 @@ def test_verify_passes_a_right_engine_in_every_precision(built, precision, tmp_p
 def test_verify_fails_an_engine_of_another_precision(built, tmp_path, monkeypatch):
     """int4 weights behind a manifest that says fp16: the check sees what the engine computes, not what it says."""
     folder = built("gqa", "int4")
-    text = (folder / "manifest.json").read_text()
-    (folder / "manifest.json").write_text(text.replace('"precision": "int4"', '"precision": "fp16"'))
+    manifest = read_manifest(folder)
+    target = dataclasses.replace(manifest.target, precision="fp16")
+    write_manifest(folder, dataclasses.replace(manifest, target=target, precision=TENSORRT["fp16"].describe()))
     with open_checkpoint(GOLDEN / "gqa") as checkpoint:
         summary = verify_folder(folder, checkpoint, decode_steps=8, report=tmp_path / "report")
     assert summary["verdict"] == "fail" and summary["failed_checks"]
@@ -81,7 +84,7 @@ def test_verify_fails_an_engine_of_another_precision(built, tmp_path, monkeypatc
 
 def test_an_engine_for_one_sequence_is_verified_and_loaded_with_one_slot(built, tmp_path, monkeypatch):
     """On a card whose memory holds one sequence: nobody has to know to ask for fewer slots than usual."""
-    monkeypatch.setattr("engines.build.check_fits", lambda spec, target: SimpleNamespace(rows=1))
+    monkeypatch.setattr("engines.backends.tensorrt.check_fits", lambda spec, target: SimpleNamespace(sequences=lambda context: 1))
     folder = built("gqa", "fp32")
     with open_checkpoint(GOLDEN / "gqa") as checkpoint:
         summary = verify_folder(folder, checkpoint, decode_steps=4, report=tmp_path / "report")
@@ -97,18 +100,3 @@ def test_an_engine_that_cannot_be_run_here_is_kept_and_says_so(tmp_path, monkeyp
     manifest = read_manifest(folder)
     assert manifest.parity is None and manifest.target.note.startswith("could not be run here: ")
     assert (folder / "model.engine").stat().st_size > 100_000
-
-
-def test_the_code_digest_covers_the_kernels(tmp_path, monkeypatch):
-    import engines.build
-
-    for name in ("build", "onnx_graph", "plan", "trtllm"):
-        (tmp_path / "engines").mkdir(exist_ok=True)
-        (tmp_path / "engines" / f"{name}.py").touch()
-    kernel = tmp_path / "export" / "plugins" / "kernel.cu"
-    kernel.parent.mkdir(parents=True)
-    kernel.write_text("one")
-    monkeypatch.setattr(engines.build, "__file__", str(tmp_path / "engines" / "build.py"))
-    before = engines.build.code_digest()
-    kernel.write_text("two")
-    assert engines.build.code_digest() != before

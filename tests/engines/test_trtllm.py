@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
+from engines.backends.tensorrt_llm import build_arguments
 from engines.build import build_engine
 from engines.runtime.manifest import read_manifest, verify_files
 from engines.target import Profile, load_target, target_names, with_kv_cache
-from engines.trtllm import build_arguments
 from export.trtllm.parallel import Parallel
 from ngpt.checkpoint import open_checkpoint
 from ngpt.errors import BuildError, OutputExistsError, TargetError, UnsupportedError
@@ -69,7 +69,7 @@ def test_an_engine_with_an_fp8_cache_is_built_and_described(precision, tmp_path,
     assert "cache float8_e4m3" in capsys.readouterr().out and not (tmp_path / "engine").exists()
     assert main(command) == 0
     manifest = read_manifest(tmp_path / "engine")
-    assert manifest.model.cache_dtype == "float8_e4m3" and manifest.flags["kv_cache"] == "fp8"
+    assert manifest.model.cache_dtype == "float8_e4m3" and manifest.precision["cache"] == "float8_e4m3"
     config = json.loads((tmp_path / "engine" / "checkpoint" / "config.json").read_text())
     assert config["quantization"]["kv_cache_quant_algo"] == "FP8"
 
@@ -91,7 +91,7 @@ def test_only_two_types_of_cache_are_known():
     with pytest.raises(TargetError, match="int8"):
         with_kv_cache(load_target("h100-trtllm"), "int8")
     for name in ("l40s-trtllm", "b200-trtllm"):
-        assert with_kv_cache(load_target(name), "fp8").kv_cache == "fp8"
+        assert with_kv_cache(load_target(name), "fp8").precision.cache == "float8_e4m3"
 
 
 def test_without_trtllm_build_the_checkpoint_and_the_commands_are_left(tmp_path, capsys, monkeypatch):
@@ -167,7 +167,7 @@ def test_a_dry_run_says_everything_and_writes_nothing(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
     assert main([*command, "h100-trtllm", "--tp", "3"]) == 2
     assert "num_key_value_heads" in capsys.readouterr().err
-    assert main([*command, "cpu-int8"]) == 2 and "--dry-run" in capsys.readouterr().err
+    assert main([*command, "cpu-int8", "--tp", "2"]) == 2 and "is one device's" in capsys.readouterr().err
 
 
 def test_refusals_come_before_anything_is_written(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 
 from export.lowerings.spool import Spool
 from export.lowerings.tensorrt import TensorRT
-from export.lowerings.tensorrt_layers import ARITHMETIC
+from export.precision import TENSORRT
 from export.weights import DeployedWeights
 from ngpt.checkpoint import open_checkpoint
 from ngpt.weights import Weights
@@ -25,8 +25,8 @@ class Network(ExitStack):
         spool = self.enter_context(Spool())
         self.library, self.spec, self.precision = library, self.checkpoint.spec, precision
         self.builder, network = library.create_network()
-        self.weights = DeployedWeights(Weights(self.checkpoint), half_precision=ARITHMETIC[precision] == "fp16")
-        self.network = lowering(self.weights, library, network, spool, precision).define(taps)
+        self.weights = DeployedWeights(Weights(self.checkpoint), arithmetic=TENSORRT[precision].arithmetic)
+        self.network = lowering(self.weights, library, network, spool, TENSORRT[precision]).define(taps)
         self.evaluate = Evaluator(library.trt, self.network, instead)
 
     def empty(self, rows):

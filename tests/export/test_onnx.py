@@ -7,6 +7,7 @@ import onnxruntime as ort
 import pytest
 
 from export.lowerings.onnx import OnnxPortable, OnnxRuntime
+from export.precision import ONNX_RUNTIME
 from export.weights import DeployedWeights
 from ngpt.checkpoint import open_checkpoint
 from ngpt.weights import Weights
@@ -16,8 +17,8 @@ LOGIT_ERROR = 2e-5
 
 def export(case, lowering, path, precision="fp32", taps=()):
     with open_checkpoint(case.folder) as checkpoint:
-        weights = DeployedWeights(Weights(checkpoint), half_precision=precision == "fp16")
-        ir.save(lowering(weights, precision).model(taps), path)
+        weights = DeployedWeights(Weights(checkpoint), arithmetic=ONNX_RUNTIME[precision].arithmetic)
+        ir.save(lowering(weights, ONNX_RUNTIME[precision]).model(taps), path)
         return checkpoint.spec
 
 
@@ -204,7 +205,7 @@ def test_fp16_graph_builds_with_the_branch_scaled_inside_half_precision(tmp_path
     assert past.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
     with open_checkpoint(case.folder) as checkpoint:
         plain = DeployedWeights(Weights(checkpoint))
-        half = DeployedWeights(Weights(checkpoint), half_precision=True)
+        half = DeployedWeights(Weights(checkpoint), arithmetic="float16")
         np.testing.assert_allclose(half.get("layers.0.mlp.up.weight"), plain.get("layers.0.mlp.up.weight") * 64**-0.25, rtol=1e-6)
         assert half.mlp_eps == pytest.approx(plain.mlp_eps * 64**-0.5)
 

@@ -4,15 +4,16 @@ The arithmetic is tests/doubles/tensorrt_evaluator.py's, our reading of each lay
 nothing about one.
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from export.lowerings.spool import Spool
 from export.lowerings.tensorrt import TensorRT
-from export.lowerings.tensorrt_layers import ARITHMETIC, INT4_BLOCK
 from export.lowerings.tensorrt_library import load_library
-from export.quantize import quantize_dequantize, quantize_fp8
+from export.precision import ROW, TENSORRT, Format
 from export.weights import DeployedWeights
 from ngpt.checkpoint import open_checkpoint
 from ngpt.errors import BuildError, UnsupportedError
@@ -90,11 +91,7 @@ def test_quantised_networks_multiply_by_the_dequantised_weights(library, precisi
     def replace(name, matrix):
         if name == "embed":
             return matrix.astype(np.float16)
-        if precision == "fp8":
-            codes, scale = quantize_fp8(matrix)
-            return codes.astype(np.float32) * scale.astype(np.float16)[:, None]
-        bits, block = (4, INT4_BLOCK) if precision == "int4" and not name.startswith("head") else (8, matrix.shape[1])
-        return quantize_dequantize(matrix, bits, block)
+        return TENSORRT[precision].format_of(name).round_trip(matrix)
 
     def rms(error):
         return float(np.sqrt(np.mean(error**2)))
@@ -160,12 +157,12 @@ def test_layers_and_tensors_carry_the_traces_names(library):
         assert logits.name == "logits" and tuple(logits.shape) == (-1, 256) and logits.dtype == trt.DataType.FLOAT
 
 
-@pytest.mark.parametrize("precision", sorted(ARITHMETIC))
+@pytest.mark.parametrize("precision", sorted(TENSORRT))
 def test_the_stored_type_is_the_precisions_and_norms_are_float32(library, precision):
-    types = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
+    types = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
     with Network(GOLDEN / "gqa", library, precision) as net:
         tensors = {(t := net.network.get_layer(i).get_output(0)).name: t.dtype.name for i in range(net.network.num_layers)}
-    assert tensors["layers.0.attn.update"] == tensors["layers.0.mlp.act"] == types[ARITHMETIC[precision]]
+    assert tensors["layers.0.attn.update"] == tensors["layers.0.mlp.act"] == types[TENSORRT[precision].arithmetic]
     assert tensors["layers.0.attn.qk_norm"] == tensors["layers.0.attn.update.f32.unit"] == "FLOAT"
     stored = {"fp8": "FP8", "int8": "INT8", "int4": "INT4"}
     if precision in stored:
@@ -197,19 +194,21 @@ class Wrong(TensorRT):
 def test_mistakes_are_reported_where_they_are_made(library, mistake, where):
     _, network = library.create_network()
     with open_checkpoint(GOLDEN / "gqa") as checkpoint, Spool() as spool:
-        wrong = Wrong(DeployedWeights(Weights(checkpoint)), library, network, spool, "fp16")
+        wrong = Wrong(DeployedWeights(Weights(checkpoint)), library, network, spool, TENSORRT["fp16"])
         wrong.mistake = mistake
         with pytest.raises(BuildError, match=rf"tensorrt_rtx refuses the layer ({where})") as error:
             wrong.define()
     assert error.value.found
 
 
-def test_an_unknown_precision_and_a_missing_type_are_refused_by_name(library):
+def test_an_unknown_format_and_a_missing_type_are_refused_by_name(library):
     _, network = library.create_network()
     with open_checkpoint(GOLDEN / "gqa") as checkpoint, Spool() as spool:
         weights = DeployedWeights(Weights(checkpoint))
-        with pytest.raises(UnsupportedError, match="precision.*found int3"):
-            TensorRT(weights, library, network, spool, "int3")
+        strange = dataclasses.replace(TENSORRT["fp8"], projections=Format("float8_e4m3", ROW, "float16"), name="strange")
+        object.__setattr__(strange.projections, "code", "int3")
+        with pytest.raises(UnsupportedError, match="no data type int3"):
+            TensorRT(weights, library, network, spool, strange)
     with pytest.raises(UnsupportedError, match="no data type fp3"):
         library.dtype("fp3")
     with pytest.raises(UnsupportedError, match=r"SM90.*SM120"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from export.precision import TENSORRT_LLM
 from export.trtllm.convert import convert
 from export.trtllm.fp8 import cache_scale
 from export.trtllm.layout import rank_layout
@@ -26,7 +27,7 @@ from tests.doubles.tensorrt_llm_double.layers import Mapping
 def ranks(folder, out, parallel, precision="fp32"):
     with open_checkpoint(folder) as checkpoint:
         weights = DeployedWeights(Weights(checkpoint))
-        convert(weights, out, parallel, precision)
+        convert(weights, out, parallel, TENSORRT_LLM[precision])
         plain = {name: torch.from_numpy(weights.get(name)) for name in weights.names()}
     return [load_file(out / f"rank{rank}.safetensors") for rank in range(parallel.world)], plain
 
@@ -104,8 +105,8 @@ def test_an_fp8_cache_adds_one_scale_a_layer_the_same_on_every_rank(tmp_path):
     (tmp_path / "auto").mkdir()
     with open_checkpoint(GOLDEN / "llama3-rope-bias") as checkpoint:
         weights = DeployedWeights(Weights(checkpoint))
-        convert(weights, tmp_path, Parallel(2, 2), "bf16", kv_cache="fp8")
-        convert(weights, tmp_path / "auto", Parallel(2, 2), "bf16")
+        convert(weights, tmp_path, Parallel(2, 2), TENSORRT_LLM["bf16"].with_cache("float8_e4m3"))
+        convert(weights, tmp_path / "auto", Parallel(2, 2), TENSORRT_LLM["bf16"])
         scales = [cache_scale(weights, layer) for layer in range(3)]
     assert json.loads((tmp_path / "config.json").read_text())["quantization"] == {
         "quant_algo": None,
@@ -125,13 +126,13 @@ def test_conversion_holds_one_tensor_at_a_time(tmp_path):
                         num_key_value_heads=2, head_dim=64, dtype=torch.float16)  # fmt: skip
     NGPTForCausalLM(config).half().save_pretrained(tmp_path / "checkpoint")
     with open_checkpoint(tmp_path / "checkpoint") as checkpoint:
-        weights = DeployedWeights(Weights(checkpoint), half_precision=True)
+        weights = DeployedWeights(Weights(checkpoint), arithmetic="float16")
         sizes = [4 * int(np.prod(weights.shape(name))) for name in weights.names()]
         for precision in ("bf16", "fp8"):
             out = tmp_path / precision
             out.mkdir()
             tracemalloc.start()
-            convert(weights, out, Parallel(tp=2), precision)
+            convert(weights, out, Parallel(tp=2), TENSORRT_LLM[precision])
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
             assert peak < 4 * max(sizes) < sum(sizes) / 10, (precision, peak, max(sizes), sum(sizes))
@@ -167,7 +168,7 @@ def test_values_beyond_float16_are_named(tmp_path):
     with open_checkpoint(GOLDEN / "gqa") as checkpoint:
         weights = DeployedWeights(Weights(checkpoint), replace=lambda name, m: m * 1e6 if "2.mlp.down" in name else m)
         with pytest.raises(UnsupportedError, match="layers.2.mlp.down.weight in float16"):
-            convert(weights, tmp_path, Parallel(), "fp16")
+            convert(weights, tmp_path, Parallel(), TENSORRT_LLM["fp16"])
 
 
 def test_a_layout_covers_every_row_but_the_vocabularys_padding():

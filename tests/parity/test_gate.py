@@ -10,10 +10,10 @@ import torch
 from engines.parity import ParityReport, Quantization, Sequence, verify
 from engines.parity.compare import distance
 from engines.parity.gate import Check, Measured, checks
-from engines.parity.quantized import put_quantized_weights, quantize_activations, round_to_int8
+from engines.parity.quantized import put_quantized_weights, quantization_of, quantize_activations, round_to_int8
 from engines.parity.report import SequenceResult
 from engines.parity.trace import Trace
-from export.quantize import quantize_dequantize
+from export.precision import ONNX_RUNTIME, Format
 from ngpt.checkpoint import open_checkpoint
 from ngpt.errors import ConfigError, EngineError, TargetError
 from ngpt.weights import Weights
@@ -34,13 +34,15 @@ def engine(*faults, name="gqa", late=False, **options):
     return ReferenceRunner(Reference(weights(name), faults, dtype=np.float32, **options), late=late)
 
 
-def quantized(*faults, bits, rounding=quantize_dequantize):
+def quantized(*faults, bits, rounding=None):
     """A double of an engine with quantised weights (head at 8 bits, embedding in float16) and activations."""
 
     def replace(name, matrix):
         if name == "embed":
             return matrix.astype(np.float16)
-        return rounding(matrix, 8 if name.startswith("head") else bits, 32)
+        if rounding is not None:
+            return rounding("lm_head" if name.startswith("head") else name, matrix)
+        return ONNX_RUNTIME[f"int{bits}"].format_of(name).round_trip(matrix)
 
     return engine(
         *faults,
@@ -145,7 +147,7 @@ def test_a_faithful_quantised_engine_passes_and_its_loss_is_reported(precision, 
 
 
 def test_a_quantised_torch_engine_with_a_cache_passes():
-    scheme = Quantization(4, 32, quantize_dequantize, head_bits=8, narrow_embedding=True)
+    scheme = quantization_of(ONNX_RUNTIME["int4"])
 
     def prepare(model):
         put_quantized_weights(model, scheme)
@@ -156,8 +158,8 @@ def test_a_quantised_torch_engine_with_a_cache_passes():
 
 
 def test_weights_of_fewer_bits_than_the_format_has_fail_by_their_loss():
-    def coarse(matrix, bits, block):
-        return quantize_dequantize(matrix, 4 if bits == 8 else bits, block)
+    def coarse(name, matrix):
+        return Format("int4", 32).round_trip(matrix)
 
     scheme = Quantization(8, 32, coarse, head_bits=8, narrow_embedding=True)
     report = check(quantized(bits=4, rounding=coarse), quantization=scheme, precision="int8", taps=False)
@@ -186,8 +188,8 @@ def test_an_engine_with_fewer_bits_than_it_claims_fails():
 
 
 def test_a_quantiser_that_rounds_badly_cannot_hide_behind_itself():
-    def rounds_down(matrix, bits, block):
-        step = np.abs(matrix).max(-1, keepdims=True) / 2 ** (bits - 1)
+    def rounds_down(name, matrix):
+        step = np.abs(matrix).max(-1, keepdims=True) / 2 ** ((8 if name == "lm_head" else 4) - 1)
         return (np.floor(matrix / step) * step).astype(np.float32)
 
     scheme = Quantization(4, 32, rounds_down, head_bits=8, narrow_embedding=True)

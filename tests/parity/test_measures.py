@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from engines.parity.compare import angle, distance
-from engines.parity.quantized import Quantization, WeightAudit, audit_weight, round_to_int8
-from engines.parity.scheme import scheme
+from engines.parity.quantized import Quantization, WeightAudit, audit_weight, quantization_of, round_to_int8
 from engines.parity.svg import Chart, Line
 from engines.parity.trace import Trace
+from export.precision import TENSORRT
 
 
 @pytest.mark.parametrize("theta", [1e-12, 1e-7, 0.3, 2.0, np.pi])
@@ -82,10 +82,10 @@ def test_chart_survives_empty_zero_and_nan_values():
 
 def test_the_audit_knows_float8s_step():
     """e4m3 rounds within half a step of its own; e5m2, one bit narrower, passes for a rounding twice as coarse."""
-    _, quantization = scheme("fp8", "tensorrt_rtx", 32)
+    quantization = quantization_of(TENSORRT["fp8"])
     before = np.random.default_rng(0).standard_normal((64, 96)).astype(np.float32)
     right, coarse = WeightAudit(), WeightAudit()
-    audit_weight(right, "w", before, quantization.quantize_dequantize(before, 8, 0), quantization)
+    audit_weight(right, "w", before, quantization.round_trip("w", before), quantization)
     unit = np.abs(before).max(axis=1, keepdims=True) / 448
     audit_weight(coarse, "w", before, (before / unit).astype(ml_dtypes.float8_e5m2).astype(np.float32) * unit, quantization)
     assert 0.4 < right.worst_step <= 0.51 and 0.25 < right.worst_rms < 0.31  # a little beyond half: the scale itself is float16

@@ -71,7 +71,7 @@ def sentencepiece_like() -> Tokenizer:
 def manifest_dict(vocab_size: int = 23, max_length: int = 64, **changes: Any) -> dict[str, Any]:
     """A manifest as the builder writes it, with the double "numpy" for a runtime and no files yet."""
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "name": "double",
         "created": "2026-11-24T05:00:00Z",
         "target": {
@@ -87,6 +87,7 @@ def manifest_dict(vocab_size: int = 23, max_length: int = 64, **changes: Any) ->
         "digests": {"weights": "sha256:00", "spec": "sha256:00", "code": "sha256:00"},
         "tools": {"numpy": "1.26"},
         "flags": {},
+        "precision": {"arithmetic": "float32", "cache": "float32", "projections": "float32", "head": "float32", "embedding": "float32"},
         "generation": {"temperature": 0.7, "do_sample": True},
         "files": {},
         "parity": None,

@@ -35,7 +35,7 @@ def double(folder: Path, manifest: Manifest, num_slots: int, threads: int | None
 @pytest.fixture(autouse=True)
 def _numpy_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("engines.runtime.engine")
-    monkeypatch.setitem(module._RUNNERS, "numpy", (__name__, "double", "numpy"))
+    monkeypatch.setitem(module._RUNNERS, "numpy", double)
 
 
 def make(tokenizer: bool = True, vocab_size: int = V, max_length: int = 64, **options: Any) -> Engine:

@@ -49,7 +49,12 @@ def test_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("schema_version", 2),
+        ("schema_version", 3),
+        ("schema_version", 0),
+        ("precision", {}),
+        ("precision", KeyError),
+        ("precision", "fp32"),
+        ("precision/arithmetic", 32),
         ("schema_version", True),
         ("name", ""),
         ("name", KeyError),

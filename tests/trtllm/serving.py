@@ -6,6 +6,7 @@ What each input holds in context and generation follows cpp/tensorrt_llm/batch_m
 import numpy as np
 import torch
 
+from export.precision import TENSORRT_LLM
 from export.trtllm.convert import convert
 from export.trtllm.parallel import Parallel
 from export.weights import DeployedWeights
@@ -22,9 +23,10 @@ ONE = Parallel()
 
 def converted(checkpoint, folder, parallel=ONE, precision="fp32", kernels=None, kv_cache="auto"):
     """The checkpoint in TensorRT-LLM's format, in an existing folder."""
+    numbers = TENSORRT_LLM[precision].with_cache({"auto": "auto", "fp8": "float8_e4m3"}[kv_cache])
     with open_checkpoint(checkpoint) as opened:
-        weights = DeployedWeights(Weights(opened), half_precision=precision in ("fp16", "int8", "fp8", "int4"))
-        convert(weights, folder, parallel, precision, kernels=kernels, kv_cache=kv_cache)
+        weights = DeployedWeights(Weights(opened), arithmetic=numbers.arithmetic)
+        convert(weights, folder, parallel, numbers, kernels=kernels)
     return folder
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from export.trtllm.fp8 import LARGEST, cache_scale
+from export.quantize import FLOAT8_LARGEST
+from export.trtllm.fp8 import cache_scale
 from export.trtllm.parallel import Parallel
 from export.weights import DeployedWeights
 from ngpt.checkpoint import open_checkpoint
@@ -37,7 +38,7 @@ class Cached(Reference):
     def attend(self, layer, q, k, v, mask):
         self.largest[layer] = np.abs(k).max(), np.abs(v).max()
         scale = self.scales[layer]
-        codes = (torch.from_numpy(x / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn) for x in (k, v))
+        codes = (torch.from_numpy(x / scale).clamp(-FLOAT8_LARGEST, FLOAT8_LARGEST).to(torch.float8_e4m3fn) for x in (k, v))
         rounded = super().attend(layer, q, *(x.double().numpy() * scale for x in codes), mask)
         decoded = np.arange(q.shape[1])[None, :, None, None] >= CONTEXT
         return np.where(decoded, rounded, super().attend(layer, q, k, v, mask))
@@ -50,7 +51,7 @@ def reference(case, factor=None):
         model = Cached(Weights(checkpoint), [cache_scale(deployed, layer) for layer in range(deployed.spec.num_layers)])
         logits = model(case.ids[:, :TOKENS])[0]
         if factor is not None:
-            model.scales = [factor * max(model.largest[layer]) / LARGEST for layer in sorted(model.largest)]
+            model.scales = [factor * max(model.largest[layer]) / FLOAT8_LARGEST for layer in sorted(model.largest)]
             logits = model(case.ids[:, :TOKENS])[0]
     return logits, model.largest, model.scales
 
@@ -109,7 +110,7 @@ def test_scales_from_bounds_saturate_nothing_and_lose_no_more_than_calibrated_on
     ours, largest, scales = reference(case)
     calibrated, _, _ = reference(case, factor=1.0)
     for layer, scale in enumerate(scales):
-        assert max(largest[layer]) <= LARGEST * scale <= 4 * max(largest[layer])  # of these cases: the slack is small, too
+        assert max(largest[layer]) <= FLOAT8_LARGEST * scale <= 4 * max(largest[layer])  # of these cases: the slack is small, too
     want = case.logits[:, :TOKENS]
     assert rms(ours - want) <= 1.25 * rms(calibrated - want)
 
@@ -124,7 +125,7 @@ def test_the_worst_hidden_state_reaches_a_values_bound():
                 values = np.einsum("ij,ij->i", rows, rows / np.linalg.norm(rows, axis=1, keepdims=True))
                 if weights.has(f"layers.{layer}.attn.v.bias"):
                     values = values + np.abs(weights.get(f"layers.{layer}.attn.v.bias"))
-                bound = LARGEST * cache_scale(weights, layer)
+                bound = FLOAT8_LARGEST * cache_scale(weights, layer)
                 assert bound >= 1.0 - 1e-6 and values.max() <= bound * (1 + 1e-6)
                 assert bound <= 1.0 + 1e-6 or values.max() > 0.99 * bound
 

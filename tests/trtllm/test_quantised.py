@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from export.trtllm.fp8 import LARGEST, activation_scale
+from export.quantize import FLOAT8_LARGEST
+from export.trtllm.fp8 import activation_scale
 from export.weights import DeployedWeights
 from ngpt.checkpoint import open_checkpoint
 from ngpt.weights import Weights
@@ -34,7 +35,7 @@ def dequantised(precision):
                 parts = [name] if ".attn." not in name or name.endswith("o.weight") else [
                     f"{name.rsplit('.', 2)[0]}.{part}.weight" for part in "qkv"
                 ]  # fmt: skip
-                scale = max(float(np.abs(weights.get(part)).max()) for part in parts) / LARGEST
+                scale = max(float(np.abs(weights.get(part)).max()) for part in parts) / FLOAT8_LARGEST
                 codes = torch.from_numpy(matrix / np.float32(scale)).to(torch.float8_e4m3fn)
                 return codes.float().numpy() * np.float32(scale)
             codes, scale = layers.weight_only_codes(torch.from_numpy(matrix).half(), int(precision[3:]))
@@ -53,7 +54,7 @@ def test_weight_only_networks_multiply_by_the_dequantised_weights(precision, tmp
     noise = rms(run(Engine(converted(case.folder, tmp_path / "plain", precision="fp16")), case.ids) - case.logits)
     got = run(Engine(converted(case.folder, tmp_path, precision=precision)), case.ids)
     with open_checkpoint(case.folder) as checkpoint:
-        weights = DeployedWeights(Weights(checkpoint), half_precision=True)
+        weights = DeployedWeights(Weights(checkpoint), arithmetic="float16")
         exact, _ = Reference(weights, replace=dequantised(precision)(weights))(case.ids)
     assert rms(got - exact) <= 4 * noise
     assert rms(exact - case.logits) > 4 * noise  # the format does round: the check above is not empty
@@ -64,7 +65,7 @@ def test_fp8_computes_with_the_dequantised_weights_and_little_else(tmp_path):
     case = Golden("gqa")
     got = run(Engine(converted(case.folder, tmp_path, precision="fp8")), case.ids)
     with open_checkpoint(case.folder) as checkpoint:
-        weights = DeployedWeights(Weights(checkpoint), half_precision=True)
+        weights = DeployedWeights(Weights(checkpoint), arithmetic="float16")
         exact, _ = Reference(weights, replace=dequantised("fp8")(weights))(case.ids)
     by_weights, all_of_it = rms(exact - case.logits), rms(got - case.logits)
     assert 0.2 * by_weights < all_of_it < 3 * by_weights
@@ -86,8 +87,8 @@ def test_scales_from_bounds_lose_hardly_more_than_calibrated_ones(tmp_path, monk
     assert len(seen) == 4 * 3
     for module, largest in seen.items():
         scale = module.activation_scaling_factor
-        assert largest <= LARGEST * float(scale.value.data)  # never saturated
-        scale.value = torch.tensor([largest / LARGEST])
+        assert largest <= FLOAT8_LARGEST * float(scale.value.data)  # never saturated
+        scale.value = torch.tensor([largest / FLOAT8_LARGEST])
     calibrated = rms(run(engine, case.ids) - case.logits)
     assert ours <= 1.25 * calibrated
 
@@ -108,5 +109,5 @@ def test_no_input_exceeds_its_bound(name):
                     if weights.spec.gated:
                         continue  # both factors at their bounds at once need not occur
                     values = values**2
-                bound = LARGEST * activation_scale(weights, product)
+                bound = FLOAT8_LARGEST * activation_scale(weights, product)
                 assert values.max() <= bound * (1 + 1e-6) and values.max() > 0.99 * bound

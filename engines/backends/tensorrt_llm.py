@@ -12,9 +12,7 @@ Contract-tested with a stand-in that loads the checkpoint through a double; trtl
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import os
 import shlex
 import shutil
@@ -24,75 +22,88 @@ from pathlib import Path
 from typing import Any
 
 import export.trtllm
-from engines.build import BYTES_PER_WEIGHT, describe, engine_name, finish
-from engines.sizing import check_fits
+from engines.backends.protocol import Job, TapFunction, Written
+from engines.memory import check_fits, total_bytes
+from engines.runtime.manifest import Manifest
+from engines.runtimes import RUNTIMES
 from engines.target import Target
-from export.lowerings.tensorrt_layers import ARITHMETIC
-from export.trtllm.config import ARCHITECTURE, storage_dtype, trtllm_config
+from export.precision import Precision
+from export.trtllm.config import ARCHITECTURE, trtllm_config
 from export.trtllm.convert import convert
 from export.trtllm.parallel import Parallel
-from export.weights import DeployedWeights
-from ngpt.checkpoint import Checkpoint, open_checkpoint
+from ngpt.checkpoint import Checkpoint
 from ngpt.errors import BuildError
-from ngpt.folder import check_free, new_folder
-from ngpt.progress import Progress, part_of, silent
+from ngpt.progress import Progress, part_of
 from ngpt.spec import NGPTSpec
-from ngpt.weights import Weights
 
+_SMALL_FILES = 16 << 20
 VERSION = "1.2.1"
 _PROGRAM = "trtllm-build"
 _ROOT = Path(export.trtllm.__file__).parents[2]
 _MODEL_FILE = Path(export.trtllm.__file__).with_name("model_file.py")
 
 
-def build_trtllm(
-    checkpoint: str | Path,
-    target: Target,
-    folder: Path,
-    parallel: Parallel,
-    *,
-    opening: Mapping[str, Any] | None = None,
-    name: str | None = None,
-    progress: Progress = silent,
-) -> Path:
-    """Make the output folder, whole or not at all; it has a manifest.json if trtllm-build ran.
+class TensorRTLLMBackend:
+    """Engines of TensorRT-LLM's engine flow: always a checkpoint in its format, and an engine where `trtllm-build` is installed."""
 
-    `opening`: options of `open_checkpoint`. Raises the checkpoint's errors, UnsupportedError (sizes that cannot be divided), TargetError (a rank that does not fit the card),
-    OutputExistsError, BuildError (disk full, or trtllm-build failed: its last lines are in the message).
-    """
-    check_free(folder)
-    with open_checkpoint(checkpoint, **(opening or {})) as opened:
-        _check(opened.spec, target, parallel)
-        opened.validate(part_of(progress, 0.0, 0.2))
-        opened.report_notes()
+    runtime = RUNTIMES["tensorrt_llm"]
+
+    def tools(self) -> Mapping[str, str]:
+        return {}  # the engine's own configuration says which version made it
+
+    def check(self, spec: NGPTSpec, target: Target, parallel: Parallel) -> None:
+        check_fits(spec, target, parallel)
+
+    def estimate(self, spec: NGPTSpec, target: Target, parallel: Parallel) -> int:
+        return converted_bytes(spec, target, parallel) * (3 if shutil.which(_PROGRAM) else 1)
+
+    def write(self, job: Job, folder: Path, progress: Progress) -> Written:
+        target, parallel = job.target, job.parallel
+        (folder / "checkpoint").mkdir()
+        convert(
+            job.weights, folder / "checkpoint", parallel, target.precision, part_of(progress, 0.0, 0.7), kernels=_kernels(target)
+        )
+        arguments = build_arguments(job.spec, target, parallel)
+        (folder / "build.sh").write_text(_script(arguments), encoding="utf-8")
+        (folder / "build.sh").chmod(0o755)
+        (folder / "BUILD.md").write_text(instructions(target, parallel), encoding="utf-8")
         program = shutil.which(_PROGRAM)
-        with new_folder(folder, needed=_bytes(opened, target) * (1 if program is None else 3)) as work:
-            (work / "checkpoint").mkdir()
-            convert(
-                deployed(opened, target), work / "checkpoint", parallel, target.precision,
-                part_of(progress, 0.2, 0.8), kernels=_kernels(target), kv_cache=target.kv_cache,
-            )  # fmt: skip
-            opened.text.copy_to(work)
-            arguments = build_arguments(opened.spec, target, parallel)
-            (work / "build.sh").write_text(_script(arguments), encoding="utf-8")
-            (work / "build.sh").chmod(0o755)
-            (work / "BUILD.md").write_text(instructions(target, parallel), encoding="utf-8")
-            if program is not None:
-                progress(f"{_PROGRAM} (minutes)", 0.8)
-                version = _run(program, work, arguments, parallel)
-                flags: dict[str, Any] = {"form": target.form, "tp": parallel.tp, "pp": parallel.pp, "kv_cache": target.kv_cache}
-                flags["trtllm_build"] = arguments
-                manifest = describe(opened, target, None, engine_name(name, checkpoint), flags)
-                manifest["graph"] = "engine/rank0.engine"
-                manifest["tools"]["tensorrt_llm"] = version
-                finish(work, manifest)
-            progress("done", 1.0)
-    return folder
+        if program is None:
+            return Written(None)
+        progress(f"{_PROGRAM} (minutes)", 0.7)
+        version = _run(program, folder, arguments, parallel)
+        flags = {"form": target.form, "tp": parallel.tp, "pp": parallel.pp, "trtllm_build": arguments}
+        return Written("engine/rank0.engine", flags, {"tensorrt_llm": version})
+
+    def taps(self, manifest: Manifest, precision: Precision, checkpoint: Checkpoint, scratch: Path) -> TapFunction | None:
+        return None  # the runtime shows logits alone
+
+    def outline(self, job: Job, folder: Path) -> list[str]:
+        spec, target, parallel = job.spec, job.target, job.parallel
+        config = trtllm_config(job.weights, parallel, target.precision)
+        ranks = [
+            f"  rank {stage * parallel.tp + rank}: layers {stages.start}..{stages.stop - 1}, query heads "
+            f"{_span(parallel.query_heads(rank, spec.num_heads))}, key heads {_span(parallel.key_heads(rank, spec.num_kv_heads))}"
+            for stage in range(parallel.pp)
+            for stages in [parallel.layers(stage, spec.num_layers)]
+            for rank in range(parallel.tp)
+        ]
+        found = shutil.which(_PROGRAM)
+        return [
+            f"convert {job.checkpoint.path} to {folder / 'checkpoint'}: {config['dtype']}, quantisation "
+            f"{config['quantization']['quant_algo']}, cache {target.precision.cache}, {parallel.world} rank(s), about "
+            f"{converted_bytes(spec, target, parallel) / 1e6:.0f} MB",
+            *ranks,
+            shlex.join([_PROGRAM, *_folders(folder), *build_arguments(spec, target, parallel)]),
+            f"{_PROGRAM} is {found}: it would run"
+            if found
+            else f"{_PROGRAM} is not installed here: build.sh and BUILD.md would say how",
+        ]
 
 
-def deployed(checkpoint: Checkpoint, target: Target) -> DeployedWeights:
-    """The weights of a target's precision."""
-    return DeployedWeights(Weights(checkpoint), half_precision=ARITHMETIC[target.precision] == "fp16")
+def converted_bytes(spec: NGPTSpec, target: Target, parallel: Parallel) -> int:
+    """Of the converted checkpoint: plain weights where TensorRT-LLM's loader quantises them."""
+    return total_bytes(spec, target.precision.written, parallel) + _SMALL_FILES
 
 
 def build_arguments(spec: NGPTSpec, target: Target, parallel: Parallel) -> list[str]:
@@ -104,8 +115,9 @@ def build_arguments(spec: NGPTSpec, target: Target, parallel: Parallel) -> list[
     cache it is off, and a prompt is one step. There is no float32 fused attention.
     """
     assert target.profile is not None
-    dtype, fused = storage_dtype(target.precision), "disable" if target.precision == "fp32" else "enable"
-    paged = "disable" if target.kv_cache == "fp8" else fused
+    dtype = target.precision.arithmetic
+    fused = "disable" if dtype == "float32" else "enable"
+    paged = "disable" if target.precision.cache == "float8_e4m3" else fused
     length = spec.max_length
     values = {
         "model_cls_name": ARCHITECTURE,
@@ -124,37 +136,6 @@ def build_arguments(spec: NGPTSpec, target: Target, parallel: Parallel) -> list[
         "workers": parallel.world,
     }
     return [part for key, value in values.items() for part in (f"--{key}", str(value))]
-
-
-def dry_run(
-    checkpoint: str | Path, target: Target, folder: Path, parallel: Parallel, opening: Mapping[str, Any] | None = None
-) -> str:
-    """What `build_trtllm` would do, in words. Reads the checkpoint's header only and writes nothing; raises as it does."""
-    with open_checkpoint(checkpoint, **(opening or {})) as opened:
-        _check(opened.spec, target, parallel)
-        weights = deployed(opened, target)
-        config, spec = trtllm_config(weights, parallel, target.precision, kv_cache=target.kv_cache), opened.spec
-        size = _bytes(opened, target)
-        arguments = build_arguments(spec, target, parallel)
-    ranks = [
-        f"  rank {stage * parallel.tp + rank}: layers {stages.start}..{stages.stop - 1}, query heads "
-        f"{_span(parallel.query_heads(rank, spec.num_heads))}, key heads {_span(parallel.key_heads(rank, spec.num_kv_heads))}"
-        for stage in range(parallel.pp)
-        for stages in [parallel.layers(stage, spec.num_layers)]
-        for rank in range(parallel.tp)
-    ]
-    found = shutil.which(_PROGRAM)
-    lines = [
-        f"convert {checkpoint} to {folder / 'checkpoint'}: {config['dtype']}, quantisation {config['quantization']['quant_algo']}, "
-        f"cache {'float8_e4m3' if target.kv_cache == 'fp8' else config['dtype']}, "
-        f"{parallel.world} rank(s), about {size / 1e6:.0f} MB",
-        *ranks,
-        shlex.join([_PROGRAM, *_folders(folder), *arguments]),
-        f"{_PROGRAM} is {found}: it would run"
-        if found
-        else f"{_PROGRAM} is not installed here: build.sh and BUILD.md would say how",
-    ]
-    return "\n".join(lines)
 
 
 def instructions(target: Target, parallel: Parallel) -> str:
@@ -213,26 +194,6 @@ def _run(program: str, work: Path, arguments: list[str], parallel: Parallel) -> 
         )  # fmt: skip
     config: dict[str, Any] = json.loads((work / "engine" / "config.json").read_text(encoding="utf-8"))
     return str(config["version"])
-
-
-def _check(spec: NGPTSpec, target: Target, parallel: Parallel) -> None:
-    """Raise UnsupportedError or TargetError before anything is written."""
-    parallel.check(spec)
-    rank = dataclasses.replace(
-        spec,
-        num_heads=spec.num_heads // parallel.tp,
-        num_kv_heads=max(1, spec.num_kv_heads // parallel.tp),
-        intermediate_size=spec.intermediate_size // parallel.tp,
-        num_layers=math.ceil(spec.num_layers / parallel.pp),
-    )
-    check_fits(rank, target)
-
-
-def _bytes(checkpoint: Checkpoint, target: Target) -> int:
-    """Of the converted checkpoint: plain weights where TensorRT-LLM's loader quantises them."""
-    weights = Weights(checkpoint)
-    precision = target.precision if target.precision == "fp8" else ARITHMETIC[target.precision]
-    return int(sum(math.prod(weights.shape(name)) for name in weights.names()) * BYTES_PER_WEIGHT[precision]) + (16 << 20)
 
 
 def _kernels(target: Target) -> int | None:

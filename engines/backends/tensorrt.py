@@ -1,24 +1,80 @@
-"""A checkpoint's network as a TensorRT plan for one card: network, optimisation profiles, build.
+"""TensorRT and TensorRT-RTX: a network, its optimisation profiles, and the plan for one card.
 
 tensorrt_rtx builds without a GPU, which the tests do; plans of `tensorrt` (form "plugins") are contract-tested, not built.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from engines.backends.protocol import Job, TapFunction, Written
+from engines.memory import check_fits, total_bytes
+from engines.runtime.manifest import Manifest
+from engines.runtimes import RUNTIMES
 from engines.target import Profile, Target
 from export.lowerings.spool import Spool
 from export.lowerings.tensorrt import TensorRT
-from export.lowerings.tensorrt_library import Library
+from export.lowerings.tensorrt_library import Library, load_library
+from export.precision import Precision
+from export.trtllm.parallel import Parallel
 from export.weights import DeployedWeights
+from ngpt.checkpoint import Checkpoint
 from ngpt.progress import Progress, silent
 from ngpt.spec import NGPTSpec
 
 PREFILL, DECODE = 0, 1
 """Indices of the two optimisation profiles."""
+PLAN = "model.engine"
+_SMALL_FILES = 16 << 20
+
+
+class TensorRTBackend:
+    """Engines of `tensorrt` or `tensorrt_rtx`, by the name of the module."""
+
+    def __init__(self, name: str) -> None:
+        self.runtime = RUNTIMES[name]
+
+    def tools(self) -> Mapping[str, str]:
+        library = self._library()
+        return {library.name: library.version}
+
+    def check(self, spec: NGPTSpec, target: Target, parallel: Parallel) -> None:
+        check_fits(spec, target)
+
+    def estimate(self, spec: NGPTSpec, target: Target, parallel: Parallel) -> int:
+        # A plan is built from a scratch file of the same weights.
+        return 2 * total_bytes(spec, target.precision) + _SMALL_FILES
+
+    def write(self, job: Job, folder: Path, progress: Progress) -> Written:
+        library, target = self._library(), fitted(job.spec, job.target)
+        build_plan(job.weights, target, library, folder / PLAN, progress=progress)
+        assert target.gpu is not None and target.profile is not None  # `Target` sees to it
+        flags = {"form": target.form, "compute_capability": target.gpu.compute_capability or None}
+        cache = None if library.has_cache_update else "past-present"
+        return Written(PLAN, flags | dataclasses.asdict(target.profile), cache=cache)
+
+    def taps(self, manifest: Manifest, precision: Precision, checkpoint: Checkpoint, scratch: Path) -> TapFunction | None:
+        return None  # a plan shows its logits alone
+
+    def outline(self, job: Job, folder: Path) -> list[str]:
+        profile = fitted(job.spec, job.target).profile
+        assert profile is not None and job.target.gpu is not None
+        sizes = f"prompts in pieces of {profile.prefill_tokens} tokens, {profile.decode_batch} sequences decoded at once"
+        return [f"build {folder / PLAN} for compute capability {job.target.gpu.compute_capability or 'any'}: {sizes}"]
+
+    def _library(self) -> Library:
+        return load_library(self.runtime.name)
+
+
+def fitted(spec: NGPTSpec, target: Target) -> Target:
+    """The target with its profile as large as the model's length and the card's memory allow."""
+    assert target.profile is not None
+    fits = check_fits(spec, target).sequences(spec.max_length)
+    profile = Profile(min(target.profile.prefill_tokens, spec.max_length), min(fits, target.profile.decode_batch))
+    return dataclasses.replace(target, profile=profile)
 
 
 def build_plan(

@@ -9,7 +9,6 @@ is the network. There are no PyTorch weights in an engine folder and `architectu
 
 from typing import Any
 
-from engines.onnx_graph import Graph
 from engines.target import Target
 from ngpt.spec import NGPTSpec
 
@@ -17,8 +16,8 @@ MODEL_TYPE = "gemma"
 NOTE = "The network is model.onnx, an nGPT. This file is for tools that ask for the graph's sizes by a type they know."
 
 
-def hub_config(spec: NGPTSpec, target: Target, graph: Graph) -> dict[str, Any]:
-    """The configuration of a graph that was written."""
+def hub_config(spec: NGPTSpec, target: Target, cache_channels: int, external_data: bool) -> dict[str, Any]:
+    """The configuration of a graph whose cached heads have so many channels, its weights in a file of their own or not."""
     eos = list(spec.eos_token_ids)
     return {
         "model_type": MODEL_TYPE,
@@ -28,16 +27,16 @@ def hub_config(spec: NGPTSpec, target: Target, graph: Graph) -> dict[str, Any]:
         "num_hidden_layers": spec.num_layers,
         "num_attention_heads": spec.num_heads,
         "num_key_value_heads": spec.num_kv_heads,
-        "head_dim": graph.cache_channels,
+        "head_dim": cache_channels,
         "max_position_embeddings": spec.max_length,
         "bos_token_id": spec.bos_token_id,
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
         "pad_token_id": spec.pad_token_id,
         "use_cache": True,
-        "dtype": "float16" if target.precision == "fp16" else "float32",
+        "dtype": target.precision.arithmetic,
         # Without it the type's own tokenizer could be put in the place of the one in tokenizer.json.
         "tokenizer_class": "PreTrainedTokenizerFast",
         # The one graph's name has no suffix, which transformers.js spells fp32, whatever is inside. Node finds the file of weights
         # by itself; a browser must be told that there is one.
-        "transformers.js_config": {"dtype": "fp32", "use_external_data_format": graph.external_data},
+        "transformers.js_config": {"dtype": "fp32", "use_external_data_format": external_data},
     }

@@ -1,0 +1,144 @@
+"""ONNX graphs: the network in standard operators, or with ONNX Runtime's kernels, and what other tools need beside it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.backends.genai_config import genai_config
+from engines.backends.hub_config import hub_config
+from engines.backends.protocol import Job, TapFunction, Written, deployed
+from engines.memory import total_bytes
+from engines.runtime.manifest import Manifest
+from engines.runtimes import RUNTIMES
+from engines.target import Target
+from export.precision import Precision
+from export.trtllm.parallel import Parallel
+from export.weights import DeployedWeights
+from ngpt.checkpoint import Checkpoint
+from ngpt.errors import missing_package
+from ngpt.progress import Progress, silent
+from ngpt.spec import NGPTSpec
+
+GRAPH = "model.onnx"
+# Protobuf ends at 2 GB, and a file that is mapped beats one that is parsed long before that.
+EXTERNAL_DATA_FROM = 64 << 20
+# The suffix under which transformers.js looks for the weights of a graph.
+EXTERNAL_DATA_SUFFIX = "_data"
+_SMALL_FILES = 16 << 20
+_PACKAGES = ("onnx-ir", "onnxruntime")
+
+
+class OnnxBackend:
+    """Engines of ONNX Runtime."""
+
+    runtime = RUNTIMES["onnxruntime"]
+
+    def tools(self) -> Mapping[str, str]:
+        _exporter()
+        found = {}
+        for package in _PACKAGES:
+            try:
+                found[package] = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:  # onnxruntime-gpu goes by another name
+                continue
+        return found
+
+    def check(self, spec: NGPTSpec, target: Target, parallel: Parallel) -> None:
+        """Any size is taken."""
+
+    def estimate(self, spec: NGPTSpec, target: Target, parallel: Parallel) -> int:
+        # While it is verified, a second graph with outputs for its hidden states lies beside the first.
+        return 2 * (total_bytes(spec, target.precision) + _SMALL_FILES)
+
+    def write(self, job: Job, folder: Path, progress: Progress) -> Written:
+        graph = export_graph(job.weights, job.target.form, job.target.precision, folder / GRAPH, progress)
+        for name, content in (
+            ("genai_config.json", genai_config(job.spec, job.target, graph.cache_channels)),
+            ("config.json", hub_config(job.spec, job.target, graph.cache_channels, graph.external_data)),
+        ):
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        return Written(GRAPH, {"form": job.target.form})
+
+    def taps(self, manifest: Manifest, precision: Precision, checkpoint: Checkpoint, scratch: Path) -> TapFunction | None:
+        return tap_function(str(manifest.flags.get("form")), precision, manifest.target.providers, checkpoint, scratch)
+
+    def outline(self, job: Job, folder: Path) -> list[str]:
+        return [f"write {folder / GRAPH}: {job.target.form} form, weights as {job.target.precision.projections}"]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What is to be known of a graph on disk: channels of a cached head (head_dim, or what the form's kernel pads it to), and
+    whether the weights lie in a file of their own."""
+
+    cache_channels: int
+    external_data: bool
+
+
+def export_graph(
+    weights: DeployedWeights,
+    form: str,
+    precision: Precision,
+    path: Path,
+    progress: Progress = silent,
+    taps: tuple[str, ...] = (),
+) -> Graph:
+    """Write an ONNX graph of form "ort" or "portable"; tensors are read, folded, quantised and written one at a time.
+
+    Raises MissingPackageError when the exporter's packages are not installed.
+    """
+    ir, lowerings = _exporter()
+    lowering = lowerings.OnnxPortable if form == "portable" else lowerings.OnnxRuntime
+    lowered = lowering(weights, precision)
+    model = lowered.model(taps)
+    sizes = [value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None]
+
+    def step(tensor: Any, info: Any) -> None:
+        progress(f"writing {tensor.name}", info.index / max(info.total, 1))
+
+    external_data = sum(sizes) >= EXTERNAL_DATA_FROM
+    if not external_data:
+        ir.save(model, path)
+    else:
+        ir.save(model, path, external_data=path.name + EXTERNAL_DATA_SUFFIX, size_threshold_bytes=1024, callback=step)
+    return Graph(lowered.cache_channels, external_data)
+
+
+def _exporter() -> tuple[Any, Any]:
+    """(onnx_ir, the lowerings). Raises MissingPackageError."""
+    try:
+        import onnx_ir
+
+        from export.lowerings import onnx
+    except ImportError as error:
+        raise missing_package(f"exporting needs {error.name}", "onnx", found=str(error)) from error
+    return onnx_ir, onnx
+
+
+def tap_function(form: str, precision: Precision, providers: Sequence[str], checkpoint: Checkpoint, scratch: Path) -> TapFunction:
+    """A second graph of the same lowering whose hidden states are outputs: ids [T] -> {tap name: float32 [T, E]}."""
+    import onnxruntime
+
+    spec = checkpoint.spec
+    names = ("embed", *(f"layers.{i}.{part}.update" for i in range(spec.num_layers) for part in ("attn", "mlp")))
+    graph = export_graph(deployed(checkpoint, precision), form, precision, scratch / "taps.onnx", taps=names)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(scratch / "taps.onnx"), options, providers=list(providers))
+    empty = np.zeros((1, spec.num_kv_heads, 0, graph.cache_channels), np.dtype(precision.cache))
+    past = {f"past_key_values.{i}.{kind}": empty for i in range(spec.num_layers) for kind in ("key", "value")}
+
+    def run(ids: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
+        positions = np.arange(len(ids), dtype=np.int64)[None]
+        feeds = past | {"input_ids": ids[None], "attention_mask": np.ones_like(positions), "position_ids": positions}
+        return {name: value[0].astype(np.float32) for name, value in zip(names, session.run(list(names), feeds), strict=True)}
+
+    return run

@@ -1,0 +1,167 @@
+"""What an engine's manifest says: put together, written and read back here, and nowhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engines.backends.protocol import Job, Written
+from engines.runtime.errors import EngineFileError
+from engines.runtime.manifest import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    FileEntry,
+    Manifest,
+    ModelInfo,
+    TargetInfo,
+    describe_file,
+    write_manifest,
+)
+from engines.runtimes import precision_of
+from export.precision import Format, Precision
+from ngpt.errors import NGPTDeployError
+
+_PACKAGES = ("ngpt-deploy", "torch", "transformers", "numpy")
+REPORT_FILES = ("parity.json", "parity.html")
+_MAX_NOTE = 2000
+# Beside the packages ngpt and export, what decides what an engine computes.
+_BUILDERS = ("build.py", "backends/*.py")
+
+
+def record(folder: Path, job: Job, written: Written, name: str, tools: Mapping[str, str]) -> Manifest:
+    """Write the manifest of the engine in `folder`, every file of which is hashed, and return it."""
+    manifest = _described(job, written, name, tools, _files(folder, {}))
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def add_verdict(folder: Path, manifest: Manifest, parity: Mapping[str, Any]) -> Manifest:
+    """The manifest with a verdict and the files of its report, which alone are hashed; written."""
+    engine = {name: entry for name, entry in manifest.files.items() if name not in REPORT_FILES}
+    return _rewritten(folder, dataclasses.replace(manifest, parity=parity, files=engine))
+
+
+def add_note(folder: Path, manifest: Manifest, note: str) -> Manifest:
+    """The manifest with a note on the target, written."""
+    return _rewritten(folder, dataclasses.replace(manifest, target=dataclasses.replace(manifest.target, note=note[:_MAX_NOTE])))
+
+
+def current(manifest: Manifest) -> Manifest:
+    """The manifest as this version writes it: what an older one said elsewhere is where it belongs. Raises EngineFileError."""
+    if manifest.precision:
+        return manifest
+    flags = {key: value for key, value in manifest.flags.items() if key != "block_size"}
+    return dataclasses.replace(
+        manifest,
+        precision=recorded_precision(manifest).describe(),
+        flags=flags,
+        schema_version=SCHEMA_VERSION,
+    )
+
+
+def recorded_precision(manifest: Manifest) -> Precision:
+    """What an engine computes in and how its weights are stored, as its manifest says. Raises EngineFileError."""
+    name = manifest.target.precision
+    try:
+        if manifest.precision:
+            return Precision.from_description(name, manifest.precision)
+        found = precision_of(manifest.target.runtime, name).with_cache(manifest.model.cache_dtype)
+        return _with_block(found, manifest.flags.get("block_size"))
+    except NGPTDeployError as error:
+        raise EngineFileError(
+            f"the precision of {manifest.name[:200]}",
+            expected=error.expected,
+            found=str(error.found),
+            remedy="Build the engine again; do not edit the manifest by hand.",
+        ) from error
+
+
+def _with_block(precision: Precision, block: object) -> Precision:
+    """Version 0.1 wrote the block of its ONNX engines among the flags."""
+    if not isinstance(block, int) or precision.activations is None:
+        return precision
+
+    def wide(form: Format) -> Format:
+        return form if form.block is None else dataclasses.replace(form, block=block)
+
+    return dataclasses.replace(
+        precision, projections=wide(precision.projections), head=wide(precision.head), activations=wide(precision.activations)
+    )
+
+
+def _described(job: Job, written: Written, name: str, tools: Mapping[str, str], files: Mapping[str, FileEntry]) -> Manifest:
+    spec, target, checkpoint = job.spec, job.target, job.checkpoint
+    assert written.graph is not None  # who asks for a manifest has an engine
+    notes = {"checkpoint_notes": list(checkpoint.notes)} if checkpoint.notes else {}
+    installed = {package: version for package in _PACKAGES if (version := _version(package)) is not None}
+    return Manifest(
+        name=name,
+        created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        target=TargetInfo(
+            name=target.name,
+            runtime=target.runtime,
+            providers=target.providers,
+            precision=target.precision.name,
+            cache=written.cache or target.cache,
+            executed=target.executed,
+            note=target.note,
+        ),
+        model=ModelInfo(
+            architecture="ngpt",
+            vocab_size=spec.vocab_size,
+            hidden_size=spec.hidden_size,
+            num_layers=spec.num_layers,
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            max_length=spec.max_length,
+            cache_dtype=target.precision.cache,
+            bos_token_id=spec.bos_token_id,
+            eos_token_ids=tuple(spec.eos_token_ids),
+            pad_token_id=spec.pad_token_id,
+        ),
+        graph=written.graph,
+        digests={"weights": checkpoint.digest(), "spec": spec.digest(), "code": code_digest()},
+        tools=installed | dict(tools) | dict(written.tools),
+        flags=dict(written.flags) | notes,
+        files=files,
+        generation=checkpoint.text.sampling,
+        precision=target.precision.describe(),
+    )
+
+
+def _rewritten(folder: Path, manifest: Manifest) -> Manifest:
+    manifest = dataclasses.replace(manifest, files=_files(folder, manifest.files))
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def _files(folder: Path, known: Mapping[str, FileEntry]) -> dict[str, FileEntry]:
+    """Size and SHA-256 of every file but the manifest; those that are known are not read again."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != MANIFEST_NAME:
+            found[name] = known[name] if name in known else describe_file(path)
+    return found
+
+
+def code_digest() -> str:
+    """Digest of the sources that decide what an engine computes: the packages ngpt and export, and this one's builders."""
+    root, total = Path(__file__).resolve().parents[1], hashlib.sha256()
+    builders = [path for pattern in _BUILDERS for path in (root / "engines").glob(pattern)]
+    for path in sorted([*root.glob("ngpt/**/*.py"), *root.glob("export/**/*.py"), *root.glob("export/plugins/*.cu*"), *builders]):
+        total.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return f"sha256:{total.hexdigest()}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
