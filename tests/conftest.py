@@ -16,6 +16,15 @@ HF_CASES = ("gqa", "gqa-left-padded", "llama3-rope-bias", "dead-mlp")
 ALL_CASES = (*HF_CASES, "research-checkpoint", "research-train-py")
 
 
+SLOW_FILES = (
+    # A real server, processes that are stopped by signals, and deadlines: minutes, and other tests beside them disturb them.
+    "tests/test_signals.py",
+    "tests/triton_repo/test_command.py",
+    "tests/triton_repo/test_probe.py",
+    "tests/triton_repo/test_server.py",
+    "tests/triton_repo/test_serving.py",
+    "tests/triton_repo/test_tensorrt_llm.py",
+)
 SLOW = {
     "tests/engines/test_engine.py": ("test_a_research_model_of_short_context_is_built_and_passes",),
     "tests/engines/test_plan.py": (
@@ -28,6 +37,7 @@ SLOW = {
         "test_golden_tokens_from_a_built_engine",
         "test_verify_passes_a_right_engine_in_every_precision",
     ),
+    "tests/engines/test_text_ends.py": ("test_an_engine_without_a_tokenizer_is_served_for_tokens",),
     "tests/export/plugins/test_ptx.py": ("test_assembles_for_every_architecture_without_spills",),
     "tests/export/plugins/test_registration.py": ("test_registration_under_tensorrts_own_code",),
     "tests/gpu/test_driver.py": ("test_a_launch",),
@@ -38,27 +48,27 @@ SLOW = {
         "test_trust_remote_code_loads_and_generates_without_this_package",
     ),
     "tests/ngpt/test_registration.py": ("test_every_order_of_imports_registers",),
+    "tests/parity/test_gate.py": ("test_a_broken_quantised_engine_fails", "test_a_broken_engine_with_a_cache_fails"),
+    "tests/test_commands.py": ("test_a_limit_of_file_sizes_is_named_and_nothing_stays",),
     "tests/test_docs.py": (
         "test_readme_commands_and_python_run",
         "test_the_site_has_every_guide_and_every_public_name",
         "test_links_to_files_of_code_work_in_the_site",
     ),
-    "tests/triton_repo/test_command.py": ("test_serve_answers_generate_and_stops_on_sigterm",),
-    "tests/triton_repo/test_server.py": ("test_start_and_stop_again_and_again", "test_a_repository_moved_elsewhere_serves"),
-    "tests/triton_repo/test_tensorrt_llm.py": ("test_llmapi_repository_is_what_the_library_reads",),
     "tests/trtllm/test_kv_cache.py": (
         "test_in_every_precision_it_adds_that_rounding_to_the_precisions_own",
         "test_rounding_of_keys_and_values_is_all_it_costs",
+        "test_a_scale_four_times_too_small_saturates_and_is_noticed",
     ),
 }
-"""Tests of four seconds and more (`pytest --durations`), marked `slow`: `make test-fast` leaves them out."""
+"""Tests that take four seconds and more, with all their cases (`pytest --durations`): marked `slow`, and left out by `make test-fast`."""
 
 
 def pytest_collection_modifyitems(items):
     """Mark what is slow, in one place, from measured times."""
     for item in items:
         path = item.path.relative_to(ROOT).as_posix() if item.path.is_relative_to(ROOT) else ""
-        if item.originalname in SLOW.get(path, ()):
+        if path in SLOW_FILES or item.originalname in SLOW.get(path, ()):
             item.add_marker(pytest.mark.slow)
 
 

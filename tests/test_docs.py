@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from scripts.cli import main
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SLOW, SLOW_FILES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -162,6 +162,21 @@ def test_the_hooks_run_what_make_check_runs():
     configuration = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
     hooks = [hook for repository in configuration["repos"] for hook in repository["hooks"]]
     assert [hook["entry"] for hook in hooks] == checks and len(checks) == 3
+
+
+def test_every_test_that_is_called_slow_exists():
+    for file in (*SLOW_FILES, *SLOW):
+        source = (ROOT / file).read_text(encoding="utf-8")
+        for name in SLOW.get(file, ()):
+            assert f"def {name}(" in source, f"{name} is not in {file}: correct SLOW in tests/conftest.py"
+
+
+def test_the_readme_lists_every_extra():
+    import tomllib
+
+    table = README.split("| extra |")[1].split("\n\n")[0]
+    for extra in tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]:
+        assert f"`{extra}`" in table, extra
 
 
 def test_the_version_is_stated_once_or_the_same():
