@@ -59,6 +59,17 @@ def test_links_lead_somewhere(path):
             assert (path.parent / target).exists(), target
 
 
+@pytest.mark.parametrize(
+    "path", [path for path in DOCS if path.name != "CHANGELOG.md"], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_files_that_are_named_exist(path):
+    """A path in backticks that begins with a folder of this repository is a file or a folder; capitals stand for a name of the reader's."""
+    text = path.read_text(encoding="utf-8")
+    for named in re.findall(r"`((?:ngpt|export|engines|triton_repo|scripts|tests|docs|deploy|examples)/[^`\s]*)`", text):
+        if not re.search(r"[A-Z]{4,}|[*{]", named):
+            assert (ROOT / named).exists(), f"{named} is not there"
+
+
 def test_every_target_is_in_the_readme():
     from engines.target import target_names
 
