@@ -4,9 +4,9 @@
 """
 
 from engines.parity.gate import Check
-from engines.parity.prompts import Sequence
+from engines.parity.prompts import TokenSequence
 from engines.parity.quantized import Quantization
 from engines.parity.report import ParityReport
 from engines.parity.verify import verify
 
-__all__ = ["Check", "ParityReport", "Quantization", "Sequence", "verify"]
+__all__ = ["Check", "ParityReport", "Quantization", "TokenSequence", "verify"]

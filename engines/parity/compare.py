@@ -1,17 +1,16 @@
-"""Driving an engine teacher-forced through its runner, and measuring how far two traces are apart."""
+"""Driving an engine teacher-forced through its runner, and measuring how far two outputs are apart."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Items
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.parity.prompts import Sequence
-from engines.parity.trace import Trace
+from engines.parity.outputs import Outputs
+from engines.parity.prompts import TokenSequence
 from ngpt.errors import EngineError
 
 Array = NDArray[np.float64]
@@ -35,30 +34,30 @@ class Runner(Protocol):
     def prefill(self, slot: int, tokens: NDArray[np.int64], *, all_logits: bool = False) -> NDArray[np.float32]:
         """Append tokens [T] to the slot's cache; logits [V], or [T, V] for all."""
 
-    def decode(self, slots: Items[int], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+    def decode(self, slots: Sequence[int], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """One token per slot; logits [n, V]."""
 
 
 def run_engine(
     runner: Runner,
-    sequences: list[Sequence],
+    sequences: list[TokenSequence],
     taps: TapFunction | None = None,
     tick: Callable[[], None] = lambda: None,
-) -> list[Trace]:
+) -> list[Outputs]:
     """Prefill and decode every sequence, several at a time so that batches are ragged, as in service.
 
     Every second prompt is prefilled in two pieces: a chunked prefill must give the same logits as a whole one.
     """
-    traces: list[Trace] = []
+    outputs: list[Outputs] = []
     for start in range(0, len(sequences), max(1, runner.num_slots)):
         group = sequences[start : start + max(1, runner.num_slots)]
         for sequence, logits in zip(group, _run_group(runner, group, start, tick), strict=True):
             seen = taps(np.asarray(sequence.tokens, dtype=np.int64)) if taps is not None else {}
-            traces.append(Trace(logits, seen))
-    return traces
+            outputs.append(Outputs(logits, seen))
+    return outputs
 
 
-def _run_group(runner: Runner, group: list[Sequence], first: int, tick: Callable[[], None]) -> list[NDArray[np.float32]]:
+def _run_group(runner: Runner, group: list[TokenSequence], first: int, tick: Callable[[], None]) -> list[NDArray[np.float32]]:
     slots: list[int] = []
     out = [np.full((len(s.tokens), runner.vocab_size), np.nan, dtype=np.float32) for s in group]
     try:
@@ -113,7 +112,7 @@ class Distance:
     finite: bool
 
 
-def distance(reference: Trace, run: Trace, tokens: tuple[int, ...]) -> Distance:
+def distance(reference: Outputs, run: Outputs, tokens: tuple[int, ...]) -> Distance:
     """Measure ``run`` against ``reference``; everything in float64."""
     a, b = np.asarray(reference.logits, np.float64), np.asarray(run.logits, np.float64)
     foreign = sorted(set(run.taps) - set(reference.taps))

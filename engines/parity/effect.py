@@ -66,6 +66,6 @@ def logit_effect(before: Checkpoint, after: Checkpoint, *, seed: int = 0) -> Eff
         kl_mean=float(joined("kl").mean()),
         kl_max=float(joined("kl").max()),
         max_abs_logit=float(joined("max_abs").max()),
-        largest_logit=max(float(np.abs(trace.logits).max()) for trace in original),
+        largest_logit=max(float(np.abs(output.logits).max()) for output in original),
         top1_agreement=float(joined("top1").mean()),
     )

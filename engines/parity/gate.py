@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engines.parity.compare import Array, Distance
-from engines.parity.prompts import Sequence
+from engines.parity.prompts import TokenSequence
 from engines.parity.quantized import WeightAudit
 
 MEAN_MULTIPLE = 4.0
@@ -42,7 +42,7 @@ class Check:
 class Measured:
     """The distances of the engine and of the noise run from the same reference, one entry per sequence."""
 
-    sequences: list[Sequence]
+    sequences: list[TokenSequence]
     engine: list[Distance]
     noise: list[Distance]
     logit_size: float  # rms of the reference's logits
@@ -100,7 +100,7 @@ def tap_names(distances: list[Distance]) -> list[str]:
     return sorted(common, key=order)
 
 
-def phase_of(phase: str) -> Callable[[Sequence], slice]:
+def phase_of(phase: str) -> Callable[[TokenSequence], slice]:
     """The positions of a sequence that belong to a phase."""
     if phase == "prefill":
         return lambda sequence: slice(0, sequence.prompt_length)
@@ -110,7 +110,7 @@ def phase_of(phase: str) -> Callable[[Sequence], slice]:
 def _pair(
     name: str,
     measured: Measured,
-    part: Callable[[Sequence], slice] | None,
+    part: Callable[[TokenSequence], slice] | None,
     value: Callable[[Distance], Array],
     floor: float,
     unit: str,

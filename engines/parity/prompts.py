@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Items
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +24,7 @@ Continue = Callable[[list[int], int], list[int]]
 
 
 @dataclass(frozen=True)
-class Sequence:
+class TokenSequence:
     """Teacher-forced tokens: the first ``prompt_length`` are prefilled, the others decoded one by one."""
 
     name: str
@@ -36,13 +35,13 @@ class Sequence:
 
 def make_sequences(
     checkpoint: Checkpoint,
-    prompts: Items[str | Items[int]] | None,
+    prompts: Sequence[str | Sequence[int]] | None,
     *,
     max_length: int,
     decode_steps: int | None,
     seed: int,
     continue_greedily: Continue,
-) -> list[Sequence]:
+) -> list[TokenSequence]:
     """Sequences of prompt + ``decode_steps`` tokens, none longer than ``max_length``.
 
     Without a number of steps there are `DECODE_STEPS`, or half of ``max_length`` where that is less: the other half is the prompt's.
@@ -76,7 +75,7 @@ def make_sequences(
         lengths += [lengths[-1]] * max(0, -(-more // (lengths[-1] + decode_steps)))
         for length in lengths:
             drawn = tokens_with_direction[random.integers(0, len(tokens_with_direction), length + decode_steps)]
-            sequences.append(Sequence(f"random {length}", tuple(map(int, drawn)), length, is_text=False))
+            sequences.append(TokenSequence(f"random {length}", tuple(map(int, drawn)), length, is_text=False))
         prompts = TEXTS if checkpoint.text.tokenizer_file is not None else ()
     for number, prompt in enumerate(prompts):
         ids = (
@@ -91,7 +90,7 @@ def make_sequences(
         ids = ids[:room]
         is_text = isinstance(prompt, str)
         tokens = (*ids, *continue_greedily(ids, decode_steps))
-        sequences.append(Sequence(f"{'text' if is_text else 'tokens'} {number}", tokens, len(ids), is_text))
+        sequences.append(TokenSequence(f"{'text' if is_text else 'tokens'} {number}", tokens, len(ids), is_text))
     return sequences
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engines.parity.trace import Trace
+from engines.parity.outputs import Outputs
 from ngpt.checkpoint import Checkpoint, save_hf
 from ngpt.errors import missing_package
 
@@ -64,7 +64,7 @@ class TorchReference:
         if dtype == torch.float64:
             self.model.double()  # transformers keeps some vectors in float32; widening them is exact
 
-    def run(self, tokens: tuple[int, ...]) -> Trace:
+    def run(self, tokens: tuple[int, ...]) -> Outputs:
         """Logits [T, V] and hidden states after the embedding and after every half layer, wide enough to be exact."""
         wide = torch.float64 if self.precision == "float64" else torch.float32
         ids = torch.tensor([tokens], dtype=torch.int64)
@@ -75,7 +75,7 @@ class TorchReference:
             name = "embed" if index == 0 else f"layers.{index - 1}.mlp.update"
             taps[name] = hidden[0].to(wide).numpy()
         logits = output.logits[0].to(wide).numpy()
-        return Trace(np.ascontiguousarray(logits), taps)
+        return Outputs(np.ascontiguousarray(logits), taps)
 
     def continue_greedily(self, tokens: list[int], steps: int) -> list[int]:
         """The model's own next ``steps`` tokens; an end-of-sequence token does not stop it."""

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,7 +107,7 @@ def _templates() -> Environment:
     return environment
 
 
-def _charts(sequences: Items[SequenceResult], checks: Items[Check]) -> list[Chart]:
+def _charts(sequences: Sequence[SequenceResult], checks: Sequence[Check]) -> list[Chart]:
     charts = []
     taps = {
         check.name.removeprefix("angle at ").removesuffix(", mean"): check

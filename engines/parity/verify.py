@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
-from collections.abc import Sequence as Items
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ from engines.parity.gate import (
     stable_positions,
     tap_names,
 )
-from engines.parity.prompts import Sequence, make_sequences
+from engines.parity.outputs import Outputs
+from engines.parity.prompts import TokenSequence, make_sequences
 from engines.parity.quantized import (
     Quantization,
     WeightAudit,
@@ -34,7 +34,6 @@ from engines.parity.quantized import (
 )
 from engines.parity.reference import TorchReference, loadable_folder
 from engines.parity.report import ParityReport, SequenceResult
-from engines.parity.trace import Trace
 from engines.record import recorded_precision
 from engines.runtimes import precision_of
 from export.precision import Precision, plain
@@ -50,7 +49,7 @@ def verify(
     engine: Any,
     checkpoint: str | os.PathLike[str] | Checkpoint,
     *,
-    prompts: Items[str | Items[int]] | None = None,
+    prompts: Sequence[str | Sequence[int]] | None = None,
     decode_steps: int | None = None,
     seed: int = 0,
     precision: Precision | str | None = None,
@@ -86,12 +85,12 @@ def verify(
             perturbed = work.perturbed(folder, sequences, seed)
             noise = work.noise(folder, sequences)
         work.tell("running the engine")
-        traces = run_engine(runner, sequences, taps)
+        outputs = run_engine(runner, sequences, taps)
     finally:
         if owned is not None:
             owned.close()
     work.tell("comparing")
-    return work.report(name or own_name, sequences, original, reference, noise, traces, audit, perturbed)
+    return work.report(name or own_name, sequences, original, reference, noise, outputs, audit, perturbed)
 
 
 class _Work:
@@ -121,12 +120,12 @@ class _Work:
         self,
         folder: Path,
         checkpoint: Checkpoint,
-        prompts: Items[str | Items[int]] | None,
+        prompts: Sequence[str | Sequence[int]] | None,
         length: int,
         steps: int | None,
         seed: int,
-    ) -> tuple[list[Sequence], list[Trace]]:
-        """The sequences, and the unquantised model's traces in the wide precision."""
+    ) -> tuple[list[TokenSequence], list[Outputs]]:
+        """The sequences, and the unquantised model's outputs in the wide precision."""
         self.tell(f"running PyTorch in {self.wide}")
         model = TorchReference(folder, self.wide)
         sequences = make_sequences(
@@ -139,7 +138,9 @@ class _Work:
         )
         return sequences, _run(model, sequences)
 
-    def reference(self, folder: Path, sequences: list[Sequence], original: list[Trace]) -> tuple[list[Trace], WeightAudit | None]:
+    def reference(
+        self, folder: Path, sequences: list[TokenSequence], original: list[Outputs]
+    ) -> tuple[list[Outputs], WeightAudit | None]:
         """What the engine should compute: the original, or the same with quantised weights."""
         if self.quantization is None:
             self.tell("using that run as the reference")
@@ -149,7 +150,7 @@ class _Work:
         audit = put_quantized_weights(model.model, self.quantization)
         return _run(model, sequences), audit
 
-    def perturbed(self, folder: Path, sequences: list[Sequence], seed: int) -> list[Trace]:
+    def perturbed(self, folder: Path, sequences: list[TokenSequence], seed: int) -> list[Outputs]:
         """For a quantised engine, the original with its weights moved at random within half a step; else nothing.
 
         float32 is wide enough: its noise is hundreds of times below the smallest step's effect.
@@ -161,7 +162,7 @@ class _Work:
         put_perturbed_weights(model.model, self.quantization, seed)
         return _run(model, sequences)
 
-    def noise(self, folder: Path, sequences: list[Sequence]) -> list[Trace]:
+    def noise(self, folder: Path, sequences: list[TokenSequence]) -> list[Outputs]:
         """What PyTorch computes in the engine's precision.
 
         Where the reference itself is float32, a float32 run with another attention kernel (another order of
@@ -194,13 +195,13 @@ class _Work:
     def report(
         self,
         name: str,
-        sequences: list[Sequence],
-        original: list[Trace],
-        reference: list[Trace],
-        noise: list[Trace],
-        engine: list[Trace],
+        sequences: list[TokenSequence],
+        original: list[Outputs],
+        reference: list[Outputs],
+        noise: list[Outputs],
+        engine: list[Outputs],
         audit: WeightAudit | None,
-        perturbed: list[Trace],
+        perturbed: list[Outputs],
     ) -> ParityReport:
         """Distances, checks, verdict, summary."""
         ours, floor, lost, end_to_end = (
@@ -268,18 +269,18 @@ class _Work:
         return ParityReport(verdict, summary, found, results)
 
 
-def _run(model: TorchReference, sequences: list[Sequence]) -> list[Trace]:
-    traces = [model.run(sequence.tokens) for sequence in sequences]
+def _run(model: TorchReference, sequences: list[TokenSequence]) -> list[Outputs]:
+    outputs = [model.run(sequence.tokens) for sequence in sequences]
     del model.model  # two copies of a large model must never be alive together
     gc.collect()
-    return traces
+    return outputs
 
 
 def _joined(distances: list[Distance], field: str, reduce: Callable[[Any], Any]) -> float:
     return float(reduce(np.concatenate([getattr(d, field) for d in distances])))
 
 
-def _loss(sequences: list[Sequence], distances: list[Distance]) -> dict[str, float]:
+def _loss(sequences: list[TokenSequence], distances: list[Distance]) -> dict[str, float]:
     """Against the original weights: KL and agreement everywhere; perplexities on text if there is any."""
     text = [d for s, d in zip(sequences, distances, strict=True) if s.is_text] or distances
     before, after = (float(np.exp(np.mean(np.concatenate([d.nll[i] for d in text])))) for i in (0, 1))
@@ -293,7 +294,7 @@ def _loss(sequences: list[Sequence], distances: list[Distance]) -> dict[str, flo
     }
 
 
-def _first_divergence(found: Items[Any]) -> str | None:
+def _first_divergence(found: Sequence[Any]) -> str | None:
     """The first tap whose angle leaves its limit: where to start looking."""
     bad = next((check for check in found if check.name.startswith("angle at ") and not check.passed), None)
     return None if bad is None else bad.name.removeprefix("angle at ").split(",")[0]

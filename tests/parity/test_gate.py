@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from engines.parity import ParityReport, Quantization, Sequence, verify
+from engines.parity import ParityReport, Quantization, TokenSequence, verify
 from engines.parity.compare import distance
 from engines.parity.gate import Check, Measured, checks
+from engines.parity.outputs import Outputs
 from engines.parity.quantized import put_quantized_weights, quantization_of, quantize_activations, round_to_int8
 from engines.parity.report import SequenceResult
-from engines.parity.trace import Trace
 from export.precision import ONNX_RUNTIME, Format
 from ngpt.checkpoint import open_checkpoint
 from ngpt.errors import ConfigError, EngineError, TargetError
@@ -169,9 +169,9 @@ def test_weights_of_fewer_bits_than_the_format_has_fail_by_their_loss():
 def test_a_yardstick_that_overflows_is_named():
     names = {c.name: c.passed for c in check(engine(), taps=False).checks}
     assert names["the noise, PyTorch in this precision, is finite"] is True
-    good = distance(Trace(np.eye(2)), Trace(np.eye(2)), (0, 1))
-    bad = distance(Trace(np.eye(2)), Trace(np.full((2, 2), np.inf)), (0, 1))
-    sequence = Sequence("s", (0, 1), 1, is_text=False)
+    good = distance(Outputs(np.eye(2)), Outputs(np.eye(2)), (0, 1))
+    bad = distance(Outputs(np.eye(2)), Outputs(np.full((2, 2), np.inf)), (0, 1))
+    sequence = TokenSequence("s", (0, 1), 1, is_text=False)
     failed = {c.name for c in checks(Measured([sequence], [good], [bad], 1.0, "float16")) if not c.passed}
     assert "the noise, PyTorch in this precision, is finite" in failed and "every output is finite" not in failed
 

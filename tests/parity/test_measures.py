@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from engines.parity.compare import angle, distance
+from engines.parity.outputs import Outputs
 from engines.parity.quantized import Quantization, WeightAudit, audit_weight, quantization_of, round_to_int8
 from engines.parity.svg import Chart, Line
-from engines.parity.trace import Trace
 from export.precision import TENSORRT
 
 
@@ -20,7 +20,7 @@ def test_angle_is_accurate_from_tiny_to_opposite(theta):
 
 def test_kl_is_that_of_the_reference_to_the_run():
     p, q = np.array([[0.5, 0.25, 0.25]]), np.array([[0.25, 0.5, 0.25]])
-    d = distance(Trace(np.log(p)), Trace(np.log(q)), (0,))
+    d = distance(Outputs(np.log(p)), Outputs(np.log(q)), (0,))
     assert d.kl[0] == pytest.approx(0.25 * np.log(2))
     assert not d.top1[0] and d.margin[0] == pytest.approx(np.log(2))
 
@@ -28,21 +28,23 @@ def test_kl_is_that_of_the_reference_to_the_run():
 def test_sqrt_kl_is_linear_in_the_error():
     random = np.random.default_rng(0)
     a, e = random.normal(size=(4, 50)), random.normal(size=(4, 50))
-    small, large = (np.sqrt(distance(Trace(a), Trace(a + s * e), (0,) * 4).kl) for s in (1e-5, 1e-3))
+    small, large = (np.sqrt(distance(Outputs(a), Outputs(a + s * e), (0,) * 4).kl) for s in (1e-5, 1e-3))
     np.testing.assert_allclose(large / small, 100, rtol=5e-3)
 
 
 def test_nll_is_of_the_next_token():
     logits = np.log(np.array([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]]))
-    before, after = distance(Trace(logits), Trace(logits), (0, 1, 0)).nll
+    before, after = distance(Outputs(logits), Outputs(logits), (0, 1, 0)).nll
     np.testing.assert_allclose(before, -np.log([0.1, 0.2]))
     np.testing.assert_array_equal(before, after)
 
 
 def test_a_nan_is_not_finite():
     logits = np.zeros((1, 3))
-    assert not distance(Trace(logits), Trace(np.array([[0.0, np.nan, 0.0]])), (0,)).finite
-    assert not distance(Trace(logits, {"embed": np.ones((1, 2))}), Trace(logits, {"embed": np.full((1, 2), np.inf)}), (0,)).finite
+    assert not distance(Outputs(logits), Outputs(np.array([[0.0, np.nan, 0.0]])), (0,)).finite
+    assert not distance(
+        Outputs(logits, {"embed": np.ones((1, 2))}), Outputs(logits, {"embed": np.full((1, 2), np.inf)}), (0,)
+    ).finite
 
 
 @pytest.mark.parametrize("bits", [4, 8])

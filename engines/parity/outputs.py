@@ -1,4 +1,4 @@
-"""`Trace`: what one run of one network on one token sequence produced, whoever ran it."""
+"""`Outputs`: what one run of one network on one token sequence produced, whoever ran it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
-class Trace:
+class Outputs:
     """``logits`` [T, V] for a sequence of T tokens; ``taps`` name -> unit-norm hidden states [T, E].
 
     Tap names are those of the whole project: ``embed``, ``layers.{i}.attn.update``, ``layers.{i}.mlp.update``.
