@@ -25,7 +25,7 @@ test: env
 
 # The inner loop: everything but the tests marked `slow` (tests/conftest.py says which those are), on every core.
 test-fast: env
-	$(BIN)/python -m pytest -q -m "not slow" -n auto --dist loadfile
+	$(BIN)/python -m pytest -q -m "not slow" -n auto --dist worksteal
 
 check: env
 	$(BIN)/ruff format --check .

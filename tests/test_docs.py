@@ -110,6 +110,13 @@ def test_every_argument_of_the_configuration_is_documented_with_its_default():
         assert default == own[name], name
 
 
+def test_every_option_of_a_request_is_documented():
+    from engines.runtime.sampling import SamplingParams
+
+    arguments = re.search(r"Args:\n(.*?)\n\n", inspect.cleandoc(SamplingParams.__doc__), re.S)[1]
+    assert re.findall(r"^    (\w+): ", arguments, re.M) == list(SamplingParams.option_names())
+
+
 @pytest.mark.parametrize("model", ["NGPTModel", "NGPTForCausalLM"])
 def test_every_argument_of_forward_is_documented(model):
     import ngpt
