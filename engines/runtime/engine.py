@@ -93,10 +93,18 @@ class Engine:
         return self._tokenizer
 
     def logits(self, input_ids: NDArray[np.int64], attention_mask: NDArray[Any] | None = None) -> NDArray[np.float32]:
-        """Logits float32 [B, T, V] of int64 token ids [B, T].
+        """The model's logits at every position.
 
-        The mask [B, T] is 1 for tokens and 0 for padding, on the left or on the right of a row. A token's position
-        is the count of tokens before it in its row, and padded places are 0.0. Raises RequestError.
+        Args:
+            input_ids: token ids, int64 [B, T].
+            attention_mask: [B, T], 1 for tokens and 0 for padding, on the left or on the right of a row. A token's position is the
+                number of tokens before it in its row.
+
+        Returns:
+            float32 [B, T, V]; 0.0 at padded places.
+
+        Raises:
+            RequestError: a shape, an id or a length that the model cannot take.
         """
         ids = np.asarray(input_ids)
         if ids.ndim != 2 or ids.dtype.kind not in "iu" or 0 in ids.shape:
@@ -143,10 +151,22 @@ class Engine:
         ignore_eos: bool = False,
         **sampling: Any,
     ) -> list[list[int]]:
-        """Continue each prompt (token ids); returns the new tokens alone, an end token included.
+        """Continue each prompt. All are checked before the first is begun.
 
-        All prompts are checked before the first is begun. Each has a random generator of its own, so with a `seed`
-        equal prompts get equal tokens. Raises RequestError, CapacityError, RunnerError.
+        Args:
+            prompts: lists of token ids.
+            max_new_tokens: the most tokens that are made for each.
+            ignore_eos: whether to go on after an end token.
+            sampling: other options of `SamplingParams`. Each prompt has a random generator of its own, so with a ``seed`` equal
+                prompts get equal tokens.
+
+        Returns:
+            The new tokens of each prompt alone, an end token included.
+
+        Raises:
+            RequestError: a prompt or an option is out of range.
+            CapacityError: too many requests wait already.
+            RunnerError: the runtime failed.
         """
         params = self.params(max_new_tokens, ignore_eos, **sampling)
         checked = [self.scheduler.check(prompt, params) for prompt in prompts]
@@ -165,9 +185,17 @@ class Engine:
     def stream(
         self, prompt: Sequence[int] | Tokens, max_new_tokens: int = 32, ignore_eos: bool = False, **sampling: Any
     ) -> Iterator[TokenEvent]:
-        """TokenEvents of one prompt as they come; the request is submitted now, and cancelled if left early.
+        """The tokens of one prompt as they come. The request is submitted now, and cancelled if the iterator is closed early.
 
-        Raises as `generate`: a bad request here and now, a failing runner while iterating.
+        Args:
+            prompt: token ids.
+            max_new_tokens, ignore_eos, sampling: as in `generate`.
+
+        Yields:
+            `TokenEvent`, one for each new token.
+
+        Raises:
+            ServingError: as `generate`; a bad request at once, a failing runner while iterating.
         """
         return _events(self.submit(prompt, max_new_tokens, ignore_eos, **sampling))
 
@@ -180,7 +208,19 @@ class Engine:
         ignore_eos: bool = False,
         **sampling: Any,
     ) -> Iterator[str]:
-        """Pieces of the continuation's text, none of them empty; it ends before the first of the `stop` strings."""
+        """The continuation of a text, in pieces as they come.
+
+        Args:
+            prompt: text; bytes are read as UTF-8.
+            max_new_tokens, ignore_eos, sampling: as in `generate`.
+            stop: strings; the text ends before the first of them.
+
+        Yields:
+            Pieces of text, none of them empty.
+
+        Raises:
+            ServingError: as `generate`, and EngineFileError where the engine has no tokenizer.
+        """
         tokens = self.tokenizer.encode(prompt)
         params = self.params(max_new_tokens, ignore_eos, **sampling)
         stream = TextStream(self.tokenizer, stop, min_tokens=params.min_new_tokens)
@@ -195,7 +235,7 @@ class Engine:
         ignore_eos: bool = False,
         **sampling: Any,
     ) -> str:
-        """The continuation of a text, without the prompt and without special tokens."""
+        """The continuation of a text, without the prompt and without special tokens. Arguments and errors as in `stream_text`."""
         return "".join(self.stream_text(prompt, max_new_tokens, stop=stop, ignore_eos=ignore_eos, **sampling))
 
     def _submit(self, prompt: Sequence[int] | Tokens, params: SamplingParams) -> RequestHandle:
@@ -219,20 +259,25 @@ def load_engine(
     max_queue: int = MAX_QUEUE,
     verify_files: bool = True,
 ) -> Engine:
-    """Load an engine folder.
+    """Load an engine's folder. Its manifest and its files are checked first.
 
     Args:
         path: the folder.
-        num_slots: sequences at a time; 8 if not given, or fewer if the engine was built for fewer.
-        threads: CPU threads of the runtime; its own choice if not given.
-        prefill_chunk: most tokens of a prompt that are read in one step. Other requests wait for a step, so a smaller number answers them
-            sooner, and a larger one reads long prompts faster.
+        num_slots: sequences that are worked on at a time; 8 unless given, or fewer if it was built for fewer.
+        threads: CPU threads of the runtime; its own choice unless given.
+        prefill_chunk: the most tokens of a prompt that are read in one step. Other requests wait for a step: a smaller number answers
+            them sooner, a larger one reads long prompts faster.
         max_queue: requests that may wait for a slot; further ones are refused with CapacityError.
-        verify_files: compare every file's SHA-256 first; without it, its size alone.
+        verify_files: compare every file's SHA-256 with the manifest's; without it the size alone.
+
+    Returns:
+        The engine, a context manager.
 
     Raises:
-        EngineFileError: not a good engine folder. MissingRuntimeError: its library is not installed. RunnerError: the library failed.
-        RequestError: a number that is not at least 1.
+        EngineFileError: the folder, its manifest or a file of it is not what it should be.
+        MissingRuntimeError: the runtime's library is not installed.
+        RunnerError: the runtime refuses the engine, or this machine cannot run it.
+        RequestError: a number is out of range.
     """
     numbers = {"num_slots": num_slots, "threads": threads, "prefill_chunk": prefill_chunk, "max_queue": max_queue}
     for name, value in numbers.items():

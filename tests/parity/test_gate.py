@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from engines.parity import Quantization, TokenSequence, verify
+from engines.parity import ParityReport, Quantization, TokenSequence, verify
 from engines.parity.compare import distance
-from engines.parity.gate import Measured, checks
+from engines.parity.gate import Check, Measured, checks
 from engines.parity.outputs import Outputs
 from engines.parity.quantized import put_quantized_weights, quantization_of, quantize_activations, round_to_int8
+from engines.parity.report import SequenceResult
 from export.precision import ONNX_RUNTIME, Format
 from ngpt.checkpoint import open_checkpoint
 from ngpt.errors import ConfigError, EngineError, TargetError
@@ -241,6 +242,17 @@ def test_report_files(tmp_path):
         "parity.html",
         "parity.json",
     ]
+
+
+def test_the_page_escapes_every_name_that_came_from_outside():
+    bad = "<script>alert('x')</script>"
+    check = Check(bad, measured=2.0, noise=1.0, limit=1.0, unit=bad)
+    sequence = SequenceResult(bad, 1, *([[1.0, 2.0]] * 5), 0.5, [1], {}, {})
+    report = ParityReport("fail", {"engine": bad, bad: {bad: bad}}, [check], [sequence])
+    page = report.to_html()
+    assert "<script" not in page and page.count("&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;") >= 12
+    for svg in page.split("<svg")[1:]:
+        ElementTree.fromstring("<svg" + svg.split("</svg>")[0] + "</svg>")
 
 
 def test_a_report_with_nan_is_still_valid_json(tmp_path):
