@@ -15,10 +15,10 @@ import triton_python_backend_utils as pb_utils
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # what was copied beside this file, before anything that is installed
 
-from engines.runtime import RequestHandle, SamplingParams, TokenEvent, load_engine  # noqa: E402
-from engines.runtime.errors import CapacityError, RequestError  # noqa: E402
-from triton_repo.interface import TOKENS  # noqa: E402
-from triton_repo.serving_inputs import (  # noqa: E402
+from engines.runtime import RequestHandle, SamplingParams, TokenEvent, load_engine
+from engines.runtime.errors import CapacityError, RequestError
+from triton_repo.interface import TOKENS
+from triton_repo.serving_inputs import (
     InputError,
     Options,
     check_room,
@@ -27,8 +27,8 @@ from triton_repo.serving_inputs import (  # noqa: E402
     scalar,
     sequences_of,
 )
-from triton_repo.templates.engine.link import EngineServer, address  # noqa: E402
-from triton_repo.templates.shared.python_backend import (  # noqa: E402
+from triton_repo.templates.engine.link import EngineServer, address
+from triton_repo.templates.shared.python_backend import (
     FINAL,
     Metrics,
     Sender,
