@@ -69,8 +69,8 @@ def verify(
             checkpoint has a tokenizer.
         decode_steps: tokens decoded after each prompt; 64 unless given, or half the model's length where that is less.
         seed: of the random tokens.
-        precision: what the engine computes in and stores, itself or by its name in ``runtime``. Unless given: what the manifest says,
-            else float32 everywhere.
+        precision: what the engine computes in and stores, itself or by its name in ``runtime``. Unless given: what the
+            manifest says, else float32 everywhere.
         runtime: the runtime in whose words ``precision`` is; what the manifest says, else "onnxruntime".
         quantization: another idea of the engine's weights than ``precision`` gives.
         taps: gives the engine's hidden states for the check layer by layer: token ids [T] to name -> float32 [T, E].
@@ -185,13 +185,13 @@ class _Work:
         model = TorchReference(folder, self.precision, attention="sdpa" if other_kernel else "eager")
         if self.quantization is not None:
             put_quantized_weights(model.model, self.quantization)
-            if self.quantization.int8_activations:
+            if self.quantization.activation_block is not None:
                 quantize_activations(model.model, self.quantization)
         return _run(model, sequences)
 
     @property
     def _rounds_activations(self) -> bool:
-        return self.quantization is not None and self.quantization.int8_activations
+        return self.quantization is not None and self.quantization.activation_block is not None
 
     @property
     def noise_name(self) -> str:

@@ -1,8 +1,8 @@
 """Runs a TensorRT or TensorRT-RTX plan for the scheduler: many sequences, each in a row of one key-value cache.
 
 The plan has two optimisation profiles, 0 for reading one prompt and 1 for a decode step of several sequences, and takes
-int32 input_ids and position_ids [B, S], lengths and write_at [B], logit_rows [R] beside the cache; it returns logits float32 [R, V]. The
-plan's reader and the device are told apart from the rest: `Plan` is TensorRT's side, `Cuda` the memory.
+int32 input_ids and position_ids [B, S], lengths and write_at [B], logit_rows [R] beside the cache; it returns logits float32
+[R, V]. The plan's reader and the device are told apart from the rest: `Plan` is TensorRT's side, `Cuda` the memory.
 
 Contract-tested; not executed on a GPU.
 """
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import compatibility
+from .compatibility import PACKAGES, check_slots, flag, problems, row_bytes
 from .cuda import Cuda
 from .errors import ClosedError, EngineFileError, MissingRuntimeError, RunnerError
 from .slots import Slots
@@ -40,16 +40,16 @@ class TensorRTRunner:
     """
 
     def __init__(self, folder: Path, manifest: Manifest, num_slots: int, threads: int | None = None) -> None:
-        compatibility.check_slots(manifest, num_slots)
+        check_slots(manifest, num_slots)
         model, runtime = manifest.model, manifest.target.runtime
         library = _library(runtime)
         self.vocab_size, self.max_length, self.num_slots = model.vocab_size, model.max_length, num_slots
-        self.prefill_tokens = compatibility.flag(manifest, "prefill_tokens")
+        self.prefill_tokens = flag(manifest, "prefill_tokens")
         self._slots = Slots(num_slots, self.max_length)
         self._plan: Plan | None = None
         self._cuda = Cuda()
         try:
-            for problem in compatibility.problems(
+            for problem in problems(
                 manifest,
                 tensorrt_version=str(library.__version__),
                 compute_capability=self._cuda.compute_capability(),
@@ -170,16 +170,16 @@ class _Inputs:
 class _Cache:
     """Keys and values: a device buffer [slots, K, max_length, D] for each layer and kind.
 
-    In place, the plan writes into the buffer it reads. With separate past and present it writes into a second one, and `keep` copies the
-    block of rows back. Swapping the two instead would save that copy, but then rows outside the step's block would lie in
-    the other buffer and every row would need to know which is its own.
+    In place, the plan writes into the buffer it reads. With separate past and present it writes into a second one, and
+    `keep` copies the block of rows back. Swapping the two instead would save that copy, but then rows outside the step's
+    block would lie in the other buffer and every row would need to know which is its own.
     """
 
     def __init__(self, cuda: Cuda, manifest: Manifest, slots: int) -> None:
         model = manifest.model
         self._cuda = cuda
         self.row = (model.num_kv_heads, model.max_length, model.head_dim)
-        self._stride = compatibility.row_bytes(manifest)
+        self._stride = row_bytes(manifest)
         self._names = [
             (f"past_key_values.{i}.{k}", f"present.{i}.{k}") for i in range(model.num_layers) for k in ("key", "value")
         ]
@@ -275,9 +275,11 @@ def _library(runtime: str) -> Any:
         return importlib.import_module(runtime)
     except ImportError as error:
         raise MissingRuntimeError(
-            f"the library {runtime}", expected="installed", found="not installed",
-            remedy=f"Run: pip install {compatibility.PACKAGES[runtime]}",
-        ) from error  # fmt: skip
+            f"the library {runtime}",
+            expected="installed",
+            found="not installed",
+            remedy=f"Run: pip install {PACKAGES[runtime]}",
+        ) from error
 
 
 def _log(library: Any) -> Any:
@@ -311,9 +313,11 @@ def _check(library: Any, engine: Any, manifest: Manifest) -> None:
     def refuse(what: str, expected: object, found: object) -> None:
         if expected != found:
             raise EngineFileError(
-                f"{manifest.graph} is not what its manifest says: {what}", expected=str(expected), found=str(found),
+                f"{manifest.graph} is not what its manifest says: {what}",
+                expected=str(expected),
+                found=str(found),
                 remedy="Build the engine again.",
-            )  # fmt: skip
+            )
 
     names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
     refuse("inputs and outputs", sorted(types), sorted(names))
@@ -321,9 +325,9 @@ def _check(library: Any, engine: Any, manifest: Manifest) -> None:
         refuse(f"type of {name}", dtype, engine.get_tensor_dtype(name))
     refuse("profiles", 2, engine.num_optimization_profiles)
     longest = tuple(engine.get_tensor_profile_shape("input_ids", PREFILL)[2])
-    refuse("input_ids of profile 0", (1, compatibility.flag(manifest, "prefill_tokens")), longest)
+    refuse("input_ids of profile 0", (1, flag(manifest, "prefill_tokens")), longest)
     widest = tuple(engine.get_tensor_profile_shape("input_ids", DECODE)[2])
-    refuse("input_ids of profile 1", (compatibility.flag(manifest, "decode_batch"), 1), widest)
+    refuse("input_ids of profile 1", (flag(manifest, "decode_batch"), 1), widest)
     refuse("width of logits", model.vocab_size, tuple(engine.get_tensor_shape("logits"))[-1])
     in_place = manifest.target.cache == "in-place"
     for past, present in pairs:
