@@ -1,4 +1,4 @@
-# make demo | make test | make check | make matrix | make bench | make gpu-check
+# make demo | make test-fast | make test | make check | make docs | make matrix | make bench | make gpu-check
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE := 1
 
-.PHONY: env demo test check matrix matrix-newest format bench gpu-check freeze clean
+.PHONY: env demo test test-fast check docs hooks matrix matrix-newest format bench gpu-check freeze clean
 
 env: $(STAMP)
 
@@ -14,7 +14,7 @@ env: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[torch,onnx,rtx,serve,genai,openvino,dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[torch,onnx,rtx,serve,genai,openvino,docs,dev]'
 	touch $@
 
 demo: env
@@ -23,10 +23,23 @@ demo: env
 test: env
 	$(BIN)/python -m pytest -q
 
+# The inner loop: everything but the tests marked `slow` (tests/conftest.py says which those are), on every core.
+test-fast: env
+	$(BIN)/python -m pytest -q -m "not slow" -n auto --dist worksteal
+
 check: env
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The site, in build/docs: guides, and the reference from the docstrings. A warning is an error.
+docs: env
+	$(BIN)/sphinx-build -q -W --keep-going -c docs -d build/docs-doctrees . build/docs
+	@echo build/docs/index.html
+
+# Runs `make check`'s tools before each commit.
+hooks: env
+	$(BIN)/pre-commit install
 
 # The model's tests and a build against the lowest and the newest transformers and ONNX Runtime that pyproject.toml allows.
 matrix:

@@ -18,11 +18,87 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 @strict
 class NGPTConfig(PreTrainedConfig):
-    """Everything that shapes an nGPT network.
+    """The configuration of an nGPT model: everything that shapes the network.
 
-    `initializer_range` (r in the formulas) is part of the forward: the stored sqk, alpha and sz are multiplied by their
-    init value over r. Both `rope_scaling` / `rope_theta` and transformers 5's `rope_parameters` are accepted.
-    Raises ValueError naming the key when values contradict one another.
+    The defaults are those of the 8B model nvidia/Normalized-Nemotron-8B-Reasoning. In the formulas, which are those of the paper
+    (arXiv:2410.01131), r is ``initializer_range``, h a hidden state, and norm(x) is x / ||x||. sqk, alpha, suv and sz are trained scales.
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to 131072):
+            Number of token ids: rows of the embedding table and of the head.
+        hidden_size (`int`, *optional*, defaults to 4096):
+            Size E of the hidden states, which have unit norm.
+        intermediate_size (`int`, *optional*, defaults to 21504):
+            Size F of the MLP's inner layer.
+        num_hidden_layers (`int`, *optional*, defaults to 32):
+            Number of decoder layers.
+        num_attention_heads (`int`, *optional*, defaults to 32):
+            Number H of query heads.
+        num_key_value_heads (`int`, *optional*, defaults to 8):
+            Number K of key and value heads; it divides ``num_attention_heads``. None means as many as query heads.
+        head_dim (`int`, *optional*, defaults to 128):
+            Channels D of one head, an even number. None means ``hidden_size // num_attention_heads``.
+        hidden_act (`str`, *optional*, defaults to `"relu2"`):
+            Activation of the MLP, by transformers' name: relu(x)**2 unless given.
+        max_position_embeddings (`int`, *optional*, defaults to 8192):
+            Largest number of tokens in a sequence.
+        initializer_range (`float`, *optional*, defaults to 0.014):
+            Called r in the formulas. It is part of the forward pass: the stored sqk, alpha and sz are multiplied by their init value over r. It must not be 0.
+        use_cache (`bool`, *optional*, defaults to `True`):
+            Whether the model returns its keys and values for the next call.
+        pad_token_id (`int`, *optional*):
+            Id of the padding token, if there is one.
+        bos_token_id (`int`, *optional*, defaults to 1):
+            Id of the token that begins a text.
+        eos_token_id (`int` or `list[int]`, *optional*, defaults to 2):
+            Id of the token that ends a text, or several.
+        tie_word_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether the head uses the embedding table as its weights.
+        rope_parameters (`dict`, *optional*):
+            The rotary position code, as transformers 5 writes it: ``rope_type`` (default, linear, dynamic, yarn, longrope or llama3),
+            ``rope_theta`` (1,000,000 unless given), ``partial_rotary_factor`` (the share of each head's channels that is rotated)
+            and what the type needs. The older ``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor`` are accepted as well.
+        attention_bias (`bool`, *optional*, defaults to `False`):
+            Whether the four projections of attention have biases.
+        attention_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout of the attention probabilities, in training only.
+        mlp_bias (`bool`, *optional*, defaults to `False`):
+            Whether the projections of the MLP have biases.
+        sqk_init_value (`float`, *optional*, defaults to 1.0):
+            Init value of sqk: q = norm(q) * (sqk * sqk_init_value / r)**2.
+        attn_alpha_init_value (`float`, *optional*, defaults to 0.05):
+            Init value of attention's alpha. The step of the update is abs(alpha * attn_alpha_init_value / r).
+        mlp_alpha_init_value (`float`, *optional*, defaults to 0.05):
+            Init value of the MLP's alpha. The step of the update is abs(alpha * mlp_alpha_init_value / r).
+        suv_init_value (`float`, *optional*, defaults to 1.0):
+            Init value of suv: u = up_proj(h) * suv * (suv_init_value / suv_init_scaling) * sqrt(E).
+        suv_init_scaling (`float`, *optional*, defaults to 1.0):
+            Scaling of suv, which takes the place of r in its formula. It must not be 0.
+        sz_init_value (`float`, *optional*, defaults to 1.0):
+            Init value of sz: logits = lm_head(h) * sz * sz_init_value / r.
+        position_code (`str`, *optional*, defaults to `"rope"`):
+            "rope", or "research": the position code of the research code (repository NVIDIA/ngpt), which is no rotation.
+        gated_mlp (`bool`, *optional*, defaults to `False`):
+            Whether the MLP is gated, as in the research code: a projection ``gate_proj`` more, and u * act(v) in the place of act(u),
+            where v is to ``gate_proj`` what u is to ``up_proj``. suv then has one scale for each channel of both.
+        mlp_norm_eps (`float`, *optional*, defaults to 1e-6):
+            Added to the length in the norm of the MLP's output: x / (||x|| + eps). The other norms have eps 0.
+        sz_folded (`bool`, *optional*, defaults to `False`):
+            Whether the rows of ``lm_head`` hold sz * sz_init_value / r already; there is no sz then.
+            Written by ``ngpt-deploy convert --fold-scales``.
+        **kwargs:
+            Arguments that every `PreTrainedConfig` of transformers has.
+
+    Raises:
+        ValueError: values contradict one another; the text names the key.
+
+    Example::
+
+        from ngpt import NGPTConfig, NGPTForCausalLM
+
+        config = NGPTConfig(vocab_size=1000, hidden_size=64, intermediate_size=256, num_hidden_layers=2,
+                            num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+        model = NGPTForCausalLM(config)
     """
 
     model_type = "ngpt"

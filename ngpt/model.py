@@ -144,7 +144,12 @@ def _drop_token_ids(config: Any, size: int) -> None:
 
 
 class NGPTModel(NGPTPreTrainedModel):
-    """The stack without its head; its last hidden state is unit norm already, so there is no final norm."""
+    """The stack of decoder layers without a head. Its last hidden state has unit norm already, so there is no final norm.
+
+    Args:
+        config (`NGPTConfig`):
+            The shape of the network. Weights are random; ``from_pretrained`` reads those of a checkpoint.
+    """
 
     def __init__(self, config: NGPTConfig) -> None:
         super().__init__(config)
@@ -171,12 +176,34 @@ class NGPTModel(NGPTPreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """int64 ids [B, T] (or embeddings [B, T, E]) -> last_hidden_state [B, T, E] and what was asked for beside it.
+        """Hidden states of token ids.
 
-        Positions default to the running count of real tokens, so left-padded batches need no position_ids. `past_key_values` and
-        `cache` are two names of one argument. output_hidden_states, output_attentions (weights under "eager" alone, None elsewhere),
-        return_dict and is_causal are taken by transformers' decorators; the rest of `kwargs` goes to the attention function.
-        Raises ValueError when both or neither of input_ids and inputs_embeds are given, and for arguments of other architectures.
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
+                Token ids. Exactly one of ``input_ids`` and ``inputs_embeds`` is given.
+            attention_mask (`torch.Tensor` of shape `(B, past + T)`, *optional*):
+                1 for tokens, 0 for padding. All are tokens unless given.
+            position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
+                Positions. Unless given, a token's position is the number of real tokens before it in its row, so a batch that is padded
+                on the left needs none.
+            past_key_values (`Cache`, *optional*):
+                Keys and values of earlier tokens; the new ones are added to it.
+            inputs_embeds (`torch.FloatTensor` of shape `(B, T, E)`, *optional*):
+                Embeddings in the place of token ids. Nothing normalizes them.
+            use_cache (`bool`, *optional*):
+                Whether to return the cache; ``config.use_cache`` unless given.
+            cache (`Cache`, *optional*):
+                Another name of ``past_key_values``: transformers 5.24 renamed it.
+            **kwargs:
+                ``output_hidden_states``, ``output_attentions`` (weights exist under ``attn_implementation="eager"`` alone),
+                ``return_dict`` and ``is_causal`` mean what they mean in transformers' Llama. The rest goes to the attention function.
+
+        Returns:
+            `BaseModelOutputWithPast`: ``last_hidden_state`` of shape `(B, T, E)` and unit norm, the cache, and what was asked for beside.
+
+        Raises:
+            ValueError: both or neither of ``input_ids`` and ``inputs_embeds``; two different caches; an argument that means something
+                in other architectures only.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -218,6 +245,10 @@ class NGPTForCausalLM(NGPTPreTrainedModel, GenerationMixin):
     """nGPT with its language-model head: logits = lm_head(h) * sz * sz_init_value / r (paper section 2.1).
 
     With config.sz_folded the rows of lm_head hold that factor and there is no sz, for engines that apply lm_head themselves.
+
+    Args:
+        config (`NGPTConfig`):
+            The shape of the network. Weights are random; ``from_pretrained`` reads those of a checkpoint.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -247,10 +278,35 @@ class NGPTForCausalLM(NGPTPreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """ids [B, T] -> logits [B, T, V] (the last `logits_to_keep` of them if positive) and the loss against `labels`.
+        """Logits of token ids and, given labels, their loss.
 
-        `labels` int64 [B, T], ignore_index (-100) where no loss is wanted, are shifted by the loss function; its own arguments
-        (shift_labels, ignore_index, num_items_in_batch) may be given as well. The others are NGPTModel.forward's.
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
+                Token ids. Exactly one of ``input_ids`` and ``inputs_embeds`` is given.
+            attention_mask (`torch.Tensor` of shape `(B, past + T)`, *optional*):
+                1 for tokens, 0 for padding. All are tokens unless given.
+            position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
+                Positions; the number of real tokens before each token unless given.
+            past_key_values (`Cache`, *optional*):
+                Keys and values of earlier tokens; the new ones are added to it.
+            inputs_embeds (`torch.FloatTensor` of shape `(B, T, E)`, *optional*):
+                Embeddings in the place of token ids.
+            labels (`torch.LongTensor` of shape `(B, T)`, *optional*):
+                The tokens themselves, -100 where no loss is wanted. The loss function shifts them by one.
+            use_cache (`bool`, *optional*):
+                Whether to return the cache; ``config.use_cache`` unless given.
+            logits_to_keep (`int` or `torch.LongTensor`, *optional*, defaults to 0):
+                How many of the last positions get logits, 0 for all; or which positions.
+            cache (`Cache`, *optional*):
+                Another name of ``past_key_values``.
+            **kwargs:
+                Those of `NGPTModel.forward`, and those of the loss: ``shift_labels``, ``ignore_index``, ``num_items_in_batch``.
+
+        Returns:
+            `CausalLMOutputWithPast`: ``logits`` of shape `(B, kept, V)`, ``loss`` if there are labels, and what `NGPTModel.forward` returns.
+
+        Raises:
+            ValueError: as `NGPTModel.forward`.
         """
         outputs = self.model(
             input_ids=input_ids,

@@ -16,6 +16,79 @@ HF_CASES = ("gqa", "gqa-left-padded", "llama3-rope-bias", "dead-mlp")
 ALL_CASES = (*HF_CASES, "research-checkpoint", "research-train-py")
 
 
+SLOW_FILES = (
+    "tests/export/plugins/test_numerics.py",  # compiles the kernels for the CPU first
+    # A real server, processes that are stopped by signals, and deadlines: minutes, and other tests beside them disturb them.
+    "tests/test_signals.py",
+    "tests/triton_repo/test_command.py",
+    "tests/triton_repo/test_probe.py",
+    "tests/triton_repo/test_server.py",
+    "tests/triton_repo/test_serving.py",
+    "tests/triton_repo/test_tensorrt_llm.py",
+)
+SLOW = {
+    "tests/engines/test_engine.py": ("test_a_research_model_of_short_context_is_built_and_passes",),
+    "tests/engines/test_plan.py": (
+        "test_one_layer_of_the_8b_shape_builds",
+        "test_every_compute_capability_the_library_offers",
+        "test_the_portable_onnx_graph_goes_through_tensorrts_parser",
+        "test_narrow_weights_stay_narrow_in_the_plan",
+    ),
+    "tests/engines/test_memory.py": ("test_it_is_about_the_size_of_a_graph_and_of_a_plan",),
+    "tests/engines/test_tensorrt_whole.py": (
+        "test_golden_tokens_from_a_built_engine",
+        "test_verify_passes_a_right_engine_in_every_precision",
+    ),
+    "tests/engines/test_text_ends.py": ("test_an_engine_without_a_tokenizer_is_served_for_tokens",),
+    "tests/engines/test_trtllm.py": (
+        "test_an_engine_with_an_fp8_cache_is_built_and_described",
+        "test_such_an_engine_is_not_run_here",
+        "test_a_build_that_fails_shows_its_last_lines_and_leaves_nothing",
+    ),
+    "tests/export/plugins/test_ptx.py": ("test_assembles_for_every_architecture_without_spills",),
+    "tests/export/plugins/test_registration.py": ("test_registration_under_tensorrts_own_code",),
+    "tests/gpu/test_driver.py": ("test_a_launch",),
+    "tests/gpu/test_rehearsal.py": ("test_kernels", "test_model"),
+    "tests/gpu/test_rtx.py": ("test_every_row_of_the_section",),
+    "tests/ngpt/test_model.py": (
+        "test_flex_attention_agrees_with_eager",
+        "test_trust_remote_code_loads_and_generates_without_this_package",
+    ),
+    "tests/ngpt/test_off_sphere.py": (
+        "test_a_large_deviation_is_built_on_demand_and_agrees_with_what_was_built",
+        "test_zero_embeddings_as_vocabularies_are_padded_with_are_built_on_demand",
+    ),
+    "tests/ngpt/test_registration.py": ("test_every_order_of_imports_registers",),
+    "tests/parity/test_gate.py": (
+        "test_a_broken_quantised_engine_fails",
+        "test_a_broken_engine_with_a_cache_fails",
+        "test_a_broken_engine_fails_by_its_logits_alone",
+        "test_a_faithful_engine_with_a_cache_passes_64_decode_steps",
+        "test_the_check_fits_itself_to_the_context",
+    ),
+    "tests/test_commands.py": ("test_a_limit_of_file_sizes_is_named_and_nothing_stays",),
+    "tests/test_docs.py": (
+        "test_readme_commands_and_python_run",
+        "test_the_site_has_every_guide_and_every_public_name",
+        "test_links_to_files_of_code_work_in_the_site",
+    ),
+    "tests/trtllm/test_kv_cache.py": (
+        "test_in_every_precision_it_adds_that_rounding_to_the_precisions_own",
+        "test_rounding_of_keys_and_values_is_all_it_costs",
+        "test_a_scale_four_times_too_small_saturates_and_is_noticed",
+    ),
+}
+"""Tests that take four seconds and more, with all their cases (`pytest --durations`): marked `slow`, and left out by `make test-fast`."""
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what is slow, in one place, from measured times."""
+    for item in items:
+        path = item.path.relative_to(ROOT).as_posix() if item.path.is_relative_to(ROOT) else ""
+        if path in SLOW_FILES or item.originalname in SLOW.get(path, ()):
+            item.add_marker(pytest.mark.slow)
+
+
 class Golden:
     """A golden case: `folder`, and the arrays of golden.npz; `mask` is all ones where the case has none."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 import json
 import math
 import os
@@ -11,15 +10,19 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engines.parity.gate import Check
-from engines.parity.svg import COLORS, Line, chart
-from ngpt.errors import BuildError
+from engines.parity.svg import COLORS, Chart, Line
+from ngpt.errors import BuildError, missing_package
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 JSON_FILE = "parity.json"
 HTML_FILE = "parity.html"
 SCHEMA_VERSION = 1
+MAX_FAILURES = 8  # named at the top of the page; the table of checks has all of them
 MAX_MARKS = 24  # of positions with another first choice, in one plot
 
 
@@ -83,36 +86,37 @@ class ParityReport:
         return out / JSON_FILE, out / HTML_FILE
 
     def to_html(self) -> str:
-        """The page: verdict, how to read it, plots, every check."""
-        rows = "".join(_row(check) for check in self.checks)
-        facts = "".join(
-            f"<tr><td>{html.escape(key.replace('_', ' '))}</td><td>{html.escape(_show(value))}</td></tr>"
-            for key, value in self.summary.items()
-            if key != "verdict"
-        )
-        worst = "".join(f"<li>{html.escape(_sentence(check))}</li>" for check in self.failures[:8])
-        plots = "".join(f"<figure>{plot}</figure>" for plot in _plots(self.sequences, self.checks))
-        return _PAGE.format(
-            verdict=self.verdict.upper(),
-            css_class=self.verdict,
-            engine=html.escape(str(self.summary.get("engine", ""))),
-            failures=f"<p>Failed:</p><ul>{worst}</ul>" if worst else "<p>Every check is within its limit.</p>",
-            facts=facts,
-            plots=plots,
-            rows=rows,
-        )
+        """The page, from ``templates/parity.html.j2``: verdict, how to read it, plots, every check.
+
+        Raises MissingPackageError without jinja2, which torch brings.
+        """
+        page = _templates().get_template("parity.html.j2")
+        return page.render(report=self, failures=self.failures[:MAX_FAILURES], charts=_charts(self.sequences, self.checks)) + "\n"
 
 
-def _plots(sequences: Sequence[SequenceResult], checks: Sequence[Check]) -> list[str]:
-    plots = []
+def _templates() -> Environment:
+    """Every value that a template prints is escaped: names of engines, files and checks come from outside."""
+    try:
+        import jinja2
+    except ImportError as error:
+        raise missing_package("the parity page needs jinja2", "torch") from error
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("engines.parity"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"number": _show, "ratio": _ratio}
+    return environment
+
+
+def _charts(sequences: Sequence[SequenceResult], checks: Sequence[Check]) -> list[Chart]:
+    charts = []
     taps = {
         check.name.removeprefix("angle at ").removesuffix(", mean"): check
         for check in checks
         if check.name.startswith("angle at ") and check.name.endswith(", mean")
     }
     if taps:
-        plots.append(
-            chart(
+        charts.append(
+            Chart(
                 "Angle between hidden states, layer by layer",
                 "tap: " + ", ".join(list(taps)[:3]) + (", ..." if len(taps) > 3 else ""),
                 "radians, mean over positions",
@@ -131,27 +135,19 @@ def _plots(sequences: Sequence[SequenceResult], checks: Sequence[Check]) -> list
         ):
             lines = [Line("engine", ours, COLORS["engine"]), Line("noise", noise, COLORS["noise"])]
             unit = "nats" if title.startswith("KL") else "logit"
-            plots.append(chart(f"{title}: {sequence.name}", "position", unit, lines, mark))
+            charts.append(Chart(f"{title}: {sequence.name}", "position", unit, lines, mark))
         limit = [sequence.stable_margin] * len(sequence.margin)
         lines = [
             Line("margin", sequence.margin, COLORS["noise"]),
             Line("must agree above", limit, COLORS["limit"], dashed=True),
         ]
         differs = [(position, "differs") for position in sequence.other_choice[:MAX_MARKS]]
-        plots.append(chart(f"Margin of the first choice: {sequence.name}", "position", "logit", lines, mark + differs))
-    return plots
+        charts.append(Chart(f"Margin of the first choice: {sequence.name}", "position", "logit", lines, mark + differs))
+    return charts
 
 
-def _row(check: Check) -> str:
-    cells = (check.name, _show(check.measured), _show(check.noise), _show(check.limit), check.unit)
-    ratio = f"{check.measured / check.noise:.2f}" if check.noise > 0 and math.isfinite(check.measured) else ""
-    body = "".join(f"<td>{html.escape(cell)}</td>" for cell in (*cells, ratio))
-    state = "pass" if check.passed else "fail"
-    return f'<tr>{body}<td class="{state}">{state}</td></tr>'
-
-
-def _sentence(check: Check) -> str:
-    return f"{check.name}: {_show(check.measured)} {check.unit}, limit {_show(check.limit)}, noise {_show(check.noise)}"
+def _ratio(check: Check) -> str:
+    return f"{check.measured / check.noise:.2f}" if check.noise > 0 and math.isfinite(check.measured) else ""
 
 
 def _show(value: Any) -> str:
@@ -182,35 +178,3 @@ def _replace(path: Path, text: str) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Parity: {verdict}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #111 }}
-.verdict {{ font-size: 1.6rem; font-weight: 700 }} .pass {{ color: #15803d }} .fail {{ color: #b91c1c }}
-table {{ border-collapse: collapse; width: 100%; margin: 1rem 0 }}
-td, th {{ border-bottom: 1px solid #ddd; padding: .25rem .5rem; text-align: left; font-variant-numeric: tabular-nums }}
-figure {{ margin: 1rem 0 }} svg {{ width: 100%; height: auto; font: 11px sans-serif }}
-svg .grid {{ stroke: #e5e7eb }} svg .mark {{ stroke: #9ca3af; stroke-dasharray: 2 3 }} svg .title {{ font-weight: 700 }}
-</style></head><body>
-<h1>Parity of {engine}</h1>
-<p class="verdict {css_class}">{verdict}</p>
-{failures}
-<h2>How to read this</h2>
-<p>The engine and the PyTorch model were fed the same tokens, so errors cannot compound through different
-continuations. <b>Engine</b> curves show how far the engine is from the wide reference; <b>noise</b> curves show how far
-PyTorch itself is from that reference in the engine's precision. A faithful engine lies on or near the noise. The
-limit is a fixed multiple of the noise: 4 for means, 8 for the worst position. In nGPT every hidden state has
-unit norm, so the angle between two of them is the natural distance: look for the first layer at which the engine
-leaves the noise. The first choice must agree wherever the reference's margin lies above the dashed line. For a quantised engine the reference holds the same quantised weights; what the quantisation itself
-costs, against the original weights, is listed as quantisation loss; its noise is the loss that random errors of the
-format's step cause, and it may be at most twice that.</p>
-<table>{facts}</table>
-<h2>Plots</h2>
-{plots}
-<h2>Checks</h2>
-<table><tr><th>check</th><th>measured</th><th>noise</th><th>limit</th><th>unit</th><th>measured / noise</th><th></th></tr>
-{rows}</table>
-</body></html>
-"""

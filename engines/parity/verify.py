@@ -60,18 +60,30 @@ def verify(
     name: str | None = None,
     progress: Progress = silent,
 ) -> ParityReport:
-    """Compare an engine, teacher-forced, with `NGPTForCausalLM` on the same checkpoint.
+    """Compare an engine with `NGPTForCausalLM` of the same checkpoint, both fed the same tokens.
 
-    ``engine``: a folder, a loaded engine, or a bare runner. ``decode_steps``: 64, or half the model's length where that is less, if
-    not given. ``precision``: what the engine computes in and stores, itself or by its name in ``runtime`` (default: what the manifest
-    says, else float32 everywhere, and "onnxruntime");
-    ``quantization`` states another idea of its weights. ``taps`` gives the engine's
-    hidden states, ids [T] to name -> [T, E], for the check layer by layer. The reference is float64 where the model fits in
-    ``float64_limit_bytes``, else float32; the report says which. ``name`` heads the report (default: the manifest's).
-    ``progress(what, part)``.
+    Args:
+        engine: a folder, a loaded engine, or a bare runner.
+        checkpoint: the folder or file that the engine was built from, or it opened.
+        prompts: texts, or lists of token ids, which the model continues greedily. Unless given: random tokens, and text where the
+            checkpoint has a tokenizer.
+        decode_steps: tokens decoded after each prompt; 64 unless given, or half the model's length where that is less.
+        seed: of the random tokens.
+        precision: what the engine computes in and stores, itself or by its name in ``runtime``. Unless given: what the manifest says,
+            else float32 everywhere.
+        runtime: the runtime in whose words ``precision`` is; what the manifest says, else "onnxruntime".
+        quantization: another idea of the engine's weights than ``precision`` gives.
+        taps: gives the engine's hidden states for the check layer by layer: token ids [T] to name -> float32 [T, E].
+        float64_limit_bytes: the reference is float64 where the model fits in so many bytes, else float32; the report says which.
+        name: heads the report; the manifest's unless given.
+        progress: called with what is being done and the part that is done.
 
-    Raises `EngineError` if the engine misbehaves, `CheckpointError` or `ConfigError` for bad input. A numerical
-    disagreement is no exception: it is the verdict "fail".
+    Returns:
+        The report. Numbers that disagree are no exception: they are the verdict "fail".
+
+    Raises:
+        EngineError: the engine misbehaves.
+        CheckpointError, ConfigError: bad input.
     """
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     runner, owned, own_name, declared, declared_runtime = _runner_of(engine)
@@ -173,13 +185,13 @@ class _Work:
         model = TorchReference(folder, self.precision, attention="sdpa" if other_kernel else "eager")
         if self.quantization is not None:
             put_quantized_weights(model.model, self.quantization)
-            if self.quantization.int8_activations:
+            if self.quantization.activation_block is not None:
                 quantize_activations(model.model, self.quantization)
         return _run(model, sequences)
 
     @property
     def _rounds_activations(self) -> bool:
-        return self.quantization is not None and self.quantization.int8_activations
+        return self.quantization is not None and self.quantization.activation_block is not None
 
     @property
     def noise_name(self) -> str:

@@ -13,15 +13,18 @@ from numpy.typing import NDArray
 
 from .compatibility import slots_for
 from .errors import ClosedError, EngineFileError, RequestError, RunnerError, ServingError
+from .events import TokenEvent
 from .manifest import Manifest, contained_path, read_manifest
 from .manifest import verify_files as check_files
-from .request import RequestHandle, TokenEvent
+from .request import RequestHandle
 from .runner import Runner, Tokens
 from .sampling import SamplingParams
 from .scheduler import Scheduler
 from .text import TOKENIZER_NAME, TextStream, Tokenizer
 
 _USUAL_SLOTS = 8
+PREFILL_CHUNK, MAX_QUEUE = 256, 1024
+"""Where nothing else is asked for: tokens of a prompt that are read in one step, and requests that may wait for a slot."""
 OpenRunner = Callable[[Path, Manifest, int, int | None], Runner]
 """(engine folder, its manifest, slots, threads or None) -> the runner, its model loaded."""
 
@@ -55,8 +58,8 @@ class Engine:
         manifest: Manifest,
         tokenizer: Tokenizer | None = None,
         *,
-        prefill_chunk: int = 256,
-        max_queue: int = 1024,
+        prefill_chunk: int = PREFILL_CHUNK,
+        max_queue: int = MAX_QUEUE,
     ) -> None:
         self.runner = runner
         self.manifest = manifest
@@ -90,10 +93,18 @@ class Engine:
         return self._tokenizer
 
     def logits(self, input_ids: NDArray[np.int64], attention_mask: NDArray[Any] | None = None) -> NDArray[np.float32]:
-        """Logits float32 [B, T, V] of int64 token ids [B, T].
+        """The model's logits at every position.
 
-        The mask [B, T] is 1 for tokens and 0 for padding, on the left or on the right of a row. A token's position
-        is the count of tokens before it in its row, and padded places are 0.0. Raises RequestError.
+        Args:
+            input_ids: token ids, int64 [B, T].
+            attention_mask: [B, T], 1 for tokens and 0 for padding, on the left or on the right of a row. A token's position is the
+                number of tokens before it in its row.
+
+        Returns:
+            float32 [B, T, V]; 0.0 at padded places.
+
+        Raises:
+            RequestError: a shape, an id or a length that the model cannot take.
         """
         ids = np.asarray(input_ids)
         if ids.ndim != 2 or ids.dtype.kind not in "iu" or 0 in ids.shape:
@@ -140,10 +151,22 @@ class Engine:
         ignore_eos: bool = False,
         **sampling: Any,
     ) -> list[list[int]]:
-        """Continue each prompt (token ids); returns the new tokens alone, an end token included.
+        """Continue each prompt. All are checked before the first is begun.
 
-        All prompts are checked before the first is begun. Each has a random generator of its own, so with a `seed`
-        equal prompts get equal tokens. Raises RequestError, CapacityError, RunnerError.
+        Args:
+            prompts: lists of token ids.
+            max_new_tokens: the most tokens that are made for each.
+            ignore_eos: whether to go on after an end token.
+            sampling: other options of `SamplingParams`. Each prompt has a random generator of its own, so with a ``seed`` equal
+                prompts get equal tokens.
+
+        Returns:
+            The new tokens of each prompt alone, an end token included.
+
+        Raises:
+            RequestError: a prompt or an option is out of range.
+            CapacityError: too many requests wait already.
+            RunnerError: the runtime failed.
         """
         params = self.params(max_new_tokens, ignore_eos, **sampling)
         checked = [self.scheduler.check(prompt, params) for prompt in prompts]
@@ -162,9 +185,17 @@ class Engine:
     def stream(
         self, prompt: Sequence[int] | Tokens, max_new_tokens: int = 32, ignore_eos: bool = False, **sampling: Any
     ) -> Iterator[TokenEvent]:
-        """TokenEvents of one prompt as they come; the request is submitted now, and cancelled if left early.
+        """The tokens of one prompt as they come. The request is submitted now, and cancelled if the iterator is closed early.
 
-        Raises as `generate`: a bad request here and now, a failing runner while iterating.
+        Args:
+            prompt: token ids.
+            max_new_tokens, ignore_eos, sampling: as in `generate`.
+
+        Yields:
+            `TokenEvent`, one for each new token.
+
+        Raises:
+            ServingError: as `generate`; a bad request at once, a failing runner while iterating.
         """
         return _events(self.submit(prompt, max_new_tokens, ignore_eos, **sampling))
 
@@ -177,7 +208,19 @@ class Engine:
         ignore_eos: bool = False,
         **sampling: Any,
     ) -> Iterator[str]:
-        """Pieces of the continuation's text, none of them empty; it ends before the first of the `stop` strings."""
+        """The continuation of a text, in pieces as they come.
+
+        Args:
+            prompt: text; bytes are read as UTF-8.
+            max_new_tokens, ignore_eos, sampling: as in `generate`.
+            stop: strings; the text ends before the first of them.
+
+        Yields:
+            Pieces of text, none of them empty.
+
+        Raises:
+            ServingError: as `generate`, and EngineFileError where the engine has no tokenizer.
+        """
         tokens = self.tokenizer.encode(prompt)
         params = self.params(max_new_tokens, ignore_eos, **sampling)
         stream = TextStream(self.tokenizer, stop, min_tokens=params.min_new_tokens)
@@ -192,7 +235,7 @@ class Engine:
         ignore_eos: bool = False,
         **sampling: Any,
     ) -> str:
-        """The continuation of a text, without the prompt and without special tokens."""
+        """The continuation of a text, without the prompt and without special tokens. Arguments and errors as in `stream_text`."""
         return "".join(self.stream_text(prompt, max_new_tokens, stop=stop, ignore_eos=ignore_eos, **sampling))
 
     def _submit(self, prompt: Sequence[int] | Tokens, params: SamplingParams) -> RequestHandle:
@@ -208,22 +251,47 @@ class Engine:
 
 
 def load_engine(
-    path: str | Path, *, num_slots: int | None = None, threads: int | None = None, verify_files: bool = True
+    path: str | Path,
+    *,
+    num_slots: int | None = None,
+    threads: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+    max_queue: int = MAX_QUEUE,
+    verify_files: bool = True,
 ) -> Engine:
-    """Loads an engine folder for `num_slots` sequences at a time: 8 unless given, or fewer if it was built for fewer.
+    """Load an engine's folder. Its manifest and its files are checked first.
 
-    threads: CPU threads of the runtime, None for its default. verify_files: compare every file's SHA-256 first
-    (without it, its size alone). Raises EngineFileError, MissingRuntimeError, RunnerError, RequestError (num_slots, threads).
+    Args:
+        path: the folder.
+        num_slots: sequences that are worked on at a time; 8 unless given, or fewer if it was built for fewer.
+        threads: CPU threads of the runtime; its own choice unless given.
+        prefill_chunk: the most tokens of a prompt that are read in one step. Other requests wait for a step: a smaller number answers
+            them sooner, a larger one reads long prompts faster.
+        max_queue: requests that may wait for a slot; further ones are refused with CapacityError.
+        verify_files: compare every file's SHA-256 with the manifest's; without it the size alone.
+
+    Returns:
+        The engine, a context manager.
+
+    Raises:
+        EngineFileError: the folder, its manifest or a file of it is not what it should be.
+        MissingRuntimeError: the runtime's library is not installed.
+        RunnerError: the runtime refuses the engine, or this machine cannot run it.
+        RequestError: a number is out of range.
     """
-    for name, value in (("num_slots", num_slots), ("threads", threads)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+    numbers = {"num_slots": num_slots, "threads": threads, "prefill_chunk": prefill_chunk, "max_queue": max_queue}
+    for name, value in numbers.items():
+        if name in ("num_slots", "threads") and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise RequestError(name, expected="an integer of at least 1", found=repr(value))
     folder = Path(path)
     manifest = read_manifest(folder)
     check_files(folder, manifest, digests=verify_files)
     tokenizer = Tokenizer.load(contained_path(folder, TOKENIZER_NAME)) if (folder / TOKENIZER_NAME).exists() else None
     slots = slots_for(manifest, _USUAL_SLOTS) if num_slots is None else num_slots
-    return Engine(open_runner(folder, manifest, slots, threads), manifest, tokenizer)
+    runner = open_runner(folder, manifest, slots, threads)
+    return Engine(runner, manifest, tokenizer, prefill_chunk=prefill_chunk, max_queue=max_queue)
 
 
 def open_runner(folder: Path, manifest: Manifest, num_slots: int, threads: int | None = None) -> Runner:

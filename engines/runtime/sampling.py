@@ -20,32 +20,43 @@ MAX_COUNT = (1 << 31) - 1
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Options of one request. Raises RequestError, naming the option, for a value that makes no sense.
+    """Options of one request.
 
-    Greedy when ``temperature`` is 0, or ``top_k`` is 1, or none of temperature, top_k, top_p is given. Otherwise
-    penalties, then temperature, then top_k, then top_p apply in that order (as in Hugging Face), and a token is
+    Greedy when ``temperature`` is 0, or ``top_k`` is 1, or none of temperature, top_k, top_p, min_p is given. Otherwise
+    penalties, then temperature, then top_k, then top_p, then min_p apply in that order (as in Hugging Face), and a token is
     drawn with a generator of the request's own, so that neighbours in the batch cannot change what it gets.
 
-    - ``repetition_penalty``: logits of tokens in prompt or output are divided by it when positive, multiplied
-      when negative (Hugging Face; CTRL paper). 1.0 is neutral.
-    - ``presence_penalty``, ``frequency_penalty``: subtracted once per distinct output token, and once per
-      occurrence in the output (OpenAI). The prompt does not count. 0.0 is neutral.
-    - ``min_new_tokens``: the first so many tokens cannot be eos tokens, and stop sequences do not stop before
-      so many are out.
-    - ``stop_sequences``: the request ends with "stop" when its output ends in one of these.
-    - ``bad_sequences``: the last token of each is impossible when it would complete the sequence; a sequence may
-      begin in the prompt.
-    - ``top_k`` 0 means no limit; tokens that tie with the k-th stay. ``seed`` None draws one from the system.
-    - ``logprobs``: report each token's natural-log probability under the model itself, before penalties,
-      temperature and truncation.
-    - ``return_context_logits``, ``return_generation_logits``: keep the model's own logits of every prompt
-      position, and those each output token was chosen from.
+    Args:
+        max_new_tokens: the most tokens that are made.
+        temperature: divides the logits; 0 is greedy.
+        top_k: so many of the most probable tokens are drawn from; 0 is no limit. Tokens that tie with the k-th stay.
+        top_p: the most probable tokens that together have this probability are drawn from; above 0, 1 is no limit.
+        min_p: tokens with less than this share of the largest probability are not drawn (arXiv:2407.01082); 0 is no limit.
+        repetition_penalty: logits of tokens in prompt or output are divided by it when positive, multiplied when negative
+            (Hugging Face; CTRL paper). 1 is neutral.
+        presence_penalty: subtracted once from each distinct token of the output (OpenAI). The prompt does not count. 0 is neutral.
+        frequency_penalty: subtracted from a token once per occurrence in the output (OpenAI). 0 is neutral.
+        min_new_tokens: the first so many tokens cannot be end tokens, and stop sequences do not stop before so many are out.
+        stop_sequences: token sequences; the request ends with "stop" when its output ends in one of these.
+        bad_sequences: token sequences; the last token of each is impossible when it would complete the sequence, which may begin in
+            the prompt.
+        seed: of the request's random generator, an unsigned 64-bit number; None draws one from the system.
+        eos_token_ids: the tokens that end a text.
+        ignore_eos: whether to go on after an end token.
+        logprobs: whether to report each token's natural-log probability under the model itself, before penalties, temperature and
+            truncation.
+        return_context_logits: whether to keep the model's own logits of every position of the prompt.
+        return_generation_logits: whether to keep the model's own logits from which each token was chosen.
+
+    Raises:
+        RequestError: a value that makes no sense; the text names the option.
     """
 
     max_new_tokens: int = 32
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -62,8 +73,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "min_new_tokens", "top_k", "seed"):
             self._set(name, _integer(name, getattr(self, name), optional=name in ("top_k", "seed")))
-        for name in ("temperature", "top_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
-            self._set(name, _number(name, getattr(self, name), optional=name in ("temperature", "top_p")))
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            self._set(name, _number(name, getattr(self, name), optional=name in ("temperature", "top_p", "min_p")))
         for name in ("ignore_eos", "logprobs", "return_context_logits", "return_generation_logits"):
             self._set(name, _boolean(name, getattr(self, name)))
         for name in ("stop_sequences", "bad_sequences"):
@@ -77,6 +88,7 @@ class SamplingParams:
         _check("temperature", self.temperature, self.temperature is None or self.temperature >= 0, "at least 0")
         _check("top_k", self.top_k, self.top_k is None or 0 <= self.top_k <= MAX_COUNT, f"0 to {MAX_COUNT} (0 is no limit)")
         _check("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1")
+        _check("min_p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "0 to 1 (0 is neutral)")
         _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0 (1 is neutral)")
         _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**64, "an unsigned 64-bit integer")
 
@@ -86,7 +98,7 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         """Whether the most probable token is always taken."""
-        given = (self.temperature, self.top_k, self.top_p) != (None, None, None)
+        given = any(value is not None for value in (self.temperature, self.top_k, self.top_p, self.min_p))
         return not given or self.temperature == 0 or self.top_k == 1
 
     @classmethod

@@ -1,5 +1,6 @@
 """Checkpoint folders as people bring them: links, pointers, ids of a hub, odd names; and which of them are refused."""
 
+import contextlib
 import json
 import os
 import socket
@@ -139,9 +140,8 @@ def pipe(path):
 
 
 def listening(path):
-    server = socket.socket(socket.AF_UNIX)
-    server.bind(os.path.relpath(path))
-    server.close()
+    with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as server:  # its path may have 107 bytes
+        server.bind(path.name)
 
 
 def device(path):

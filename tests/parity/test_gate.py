@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from engines.parity import Quantization, TokenSequence, verify
+from engines.parity import ParityReport, Quantization, TokenSequence, verify
 from engines.parity.compare import distance
-from engines.parity.gate import Measured, checks
+from engines.parity.gate import Check, Measured, checks
 from engines.parity.outputs import Outputs
 from engines.parity.quantized import put_quantized_weights, quantization_of, quantize_activations, round_to_int8
+from engines.parity.report import SequenceResult
 from export.precision import ONNX_RUNTIME, Format
 from ngpt.checkpoint import open_checkpoint
 from ngpt.errors import ConfigError, EngineError, TargetError
@@ -160,7 +161,7 @@ def test_weights_of_fewer_bits_than_the_format_has_fail_by_their_loss():
     def coarse(name, matrix):
         return Format("int4", 32).round_trip(matrix)
 
-    scheme = Quantization(8, 32, coarse, head_bits=8, narrow_embedding=True)
+    scheme = Quantization(8, 32, coarse, head_bits=8, narrow_embedding=True, activation_block=32)
     report = check(quantized(bits=4, rounding=coarse), quantization=scheme, precision="int8", taps=False)
     assert "quantisation loss: sqrt(KL), mean" in {c.name for c in report.failures}
 
@@ -191,7 +192,7 @@ def test_a_quantiser_that_rounds_badly_cannot_hide_behind_itself():
         step = np.abs(matrix).max(-1, keepdims=True) / 2 ** ((8 if name == "lm_head" else 4) - 1)
         return (np.floor(matrix / step) * step).astype(np.float32)
 
-    scheme = Quantization(4, 32, rounds_down, head_bits=8, narrow_embedding=True)
+    scheme = Quantization(4, 32, rounds_down, head_bits=8, narrow_embedding=True, activation_block=32)
     report = check(quantized(bits=4, rounding=rounds_down), quantization=scheme, precision="int4")
     assert report.verdict == "fail"
     # Engine and reference agree, since both used the same rounding: the audit of the weights alone finds it.
@@ -241,6 +242,17 @@ def test_report_files(tmp_path):
         "parity.html",
         "parity.json",
     ]
+
+
+def test_the_page_escapes_every_name_that_came_from_outside():
+    bad = "<script>alert('x')</script>"
+    check = Check(bad, measured=2.0, noise=1.0, limit=1.0, unit=bad)
+    sequence = SequenceResult(bad, 1, *([[1.0, 2.0]] * 5), 0.5, [1], {}, {})
+    report = ParityReport("fail", {"engine": bad, bad: {bad: bad}}, [check], [sequence])
+    page = report.to_html()
+    assert "<script" not in page and page.count("&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;") >= 12
+    for svg in page.split("<svg")[1:]:
+        ElementTree.fromstring("<svg" + svg.split("</svg>")[0] + "</svg>")
 
 
 def test_a_report_with_nan_is_still_valid_json(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from engines.parity.compare import angle, distance
 from engines.parity.outputs import Outputs
 from engines.parity.quantized import Quantization, WeightAudit, audit_weight, quantization_of, round_to_int8
-from engines.parity.svg import Line, chart
+from engines.parity.svg import Chart, Line
 from export.precision import TENSORRT
 
 
@@ -76,8 +76,10 @@ def test_int8_rounding_pads_and_keeps_zero_blocks():
 
 def test_chart_survives_empty_zero_and_nan_values():
     for values in ([], [0.0, 0.0], [float("nan"), 1e-7, float("inf")]):
-        svg = chart("<t>", "x", "y", [Line("engine", values, "#000")])
-        assert svg.startswith("<svg") and svg.endswith("</svg>") and "<t>" not in svg and "nan" not in svg
+        chart = Chart("title", "x", "y", [Line("engine", values, "#000")])
+        numbers = [at for at, _ in [*chart.powers(), *chart.steps()]] + [x for pair in chart.points(chart.lines[0]) for x in pair]
+        assert np.isfinite(numbers).all() and len(list(chart.powers())) >= 2
+        assert len(chart.points(chart.lines[0])) == sum(0 < value < np.inf for value in values)
 
 
 def test_the_audit_knows_float8s_step():

@@ -1,38 +1,56 @@
 """Text in, text out: tokenise, let the engine of the tokens model generate, detokenise as the tokens arrive.
 
-Served as `ensemble`, or as `tensorrt_llm_bls` beside TensorRT-LLM's backend; which engine, and how it is reached, only engine_link knows.
+Served as `ensemble`, or as `tensorrt_llm_bls` beside TensorRT-LLM's backend; which engine, and how it is reached, only
+the link knows that the parameter `engine` names.
 A Python model rather than a Triton ensemble, because a cancellation does not travel through an ensemble.
 """
 
+from __future__ import annotations
+
+import importlib
 import json
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(HERE))  # what was copied beside this file, before anything that is installed
 
-from engine_link import EngineLink, address  # noqa: E402
-from runtime.errors import RequestError  # noqa: E402
-from runtime.text import TextStream, Tokenizer  # noqa: E402
-from serving_inputs import (  # noqa: E402
-    TEXT_NAMES,
+from engines.runtime.errors import RequestError  # noqa: E402
+from engines.runtime.text import TextStream, Tokenizer  # noqa: E402
+from triton_repo.interface import TEXT  # noqa: E402
+from triton_repo.serving_inputs import (  # noqa: E402
     InputError,
+    Options,
     check_room,
     parse_options,
     text_of,
     words_of,
 )
-from serving_triton import FINAL, Watcher, bad_request, error_response, inputs_of, parameter  # noqa: E402
+from triton_repo.templates.shared.python_backend import (  # noqa: E402
+    FINAL,
+    Arrays,
+    Header,
+    Sender,
+    Watcher,
+    bad_request,
+    error_response,
+    failed,
+    inputs_of,
+    parameter,
+    tensor,
+)
 
 
 class TritonPythonModel:
     """See the Python backend's documentation for the three methods."""
 
-    def initialize(self, args):
+    def initialize(self, args: Mapping[str, str]) -> None:
         config = json.loads(args["model_config"])
         self.tokenizer = Tokenizer.load(HERE / "tokenizer")
         self.vocab_size = int(parameter(config, "vocab_size"))
@@ -40,15 +58,16 @@ class TritonPythonModel:
         ends = parameter(config, "eos_token_ids", "")
         self.eos_token_ids = tuple(int(token) for token in ends.split(",") if token)
         self.exclude_input = parameter(config, "exclude_input_in_output", "false") == "true"
-        self.engine = address(HERE.parent)
+        self.link = importlib.import_module(f"triton_repo.templates.{parameter(config, 'engine', 'engine')}.link")
+        self.address = self.link.address(HERE.parent)
         # Then this process has no thread but the server's: one request at a time, a cancellation is noticed at the next token.
         self.in_turn = parameter(config, "in_turn", "false") == "true"
         self.watcher = Watcher()
 
-    def finalize(self):
+    def finalize(self) -> None:
         self.watcher.stop()
 
-    def execute(self, requests):
+    def execute(self, requests: list[Any]) -> None:
         for request in requests:
             sender = request.get_response_sender()
             try:
@@ -57,19 +76,17 @@ class TritonPythonModel:
                 sender.send(error_response(bad_request(error)), flags=FINAL)
                 continue
             except Exception as error:
-                text = f"{type(error).__name__}: {error}"
-                pb_utils.Logger.log_error(text)
-                sender.send(error_response(pb_utils.TritonError(text)), flags=FINAL)
+                sender.send(error_response(failed(error)), flags=FINAL)
                 continue
             if self.in_turn:
                 self._run(work)
             else:
                 threading.Thread(target=self._run, args=(work,), daemon=True).start()
 
-    def _read(self, request, sender):
+    def _read(self, request: Any, sender: Sender) -> Work:
         inputs = inputs_of(request)
         text = text_of(inputs, "text_input")
-        options = parse_options(inputs, TEXT_NAMES, self.vocab_size)
+        options = parse_options(inputs, TEXT, self.vocab_size, self.link.ENGINE)
         stop_words, bad_words = words_of(inputs, "stop_words"), words_of(inputs, "bad_words")
         prompt = self.tokenizer.encode(text)
         if not prompt:
@@ -85,10 +102,10 @@ class TritonPythonModel:
         stream = TextStream(self.tokenizer, tuple(stop_words))
         return Work(sender, options, prompt, sampling, stream, "" if exclude else text)
 
-    def _run(self, work):
+    def _run(self, work: Work) -> None:
         key = None
         try:
-            link = EngineLink(self.engine, work.prompt, work.sampling)
+            link = self.link.EngineLink(self.address, work.prompt, work.sampling)
             if not self.in_turn:
                 key = self.watcher.watch(work.sender, link.cancel)
             for header, arrays in link:
@@ -106,8 +123,7 @@ class TritonPythonModel:
         except EngineError as error:
             failure = error.triton
         except Exception as error:
-            pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
-            failure = pb_utils.TritonError(f"{type(error).__name__}: {error}")
+            failure = failed(error)
         if key is not None:
             self.watcher.forget(key)
         last = work.last() if failure is None else error_response(failure)
@@ -120,7 +136,7 @@ class TritonPythonModel:
 class EngineError(Exception):
     """What the engine refused or failed, as the status a client should see."""
 
-    def __init__(self, header):
+    def __init__(self, header: Header) -> None:
         codes = {"RequestError": pb_utils.TritonError.INVALID_ARG, "CapacityError": pb_utils.TritonError.UNAVAILABLE}
         code = codes.get(header["kind"], pb_utils.TritonError.INTERNAL)
         self.triton = pb_utils.TritonError(header["error"], code)
@@ -129,15 +145,19 @@ class EngineError(Exception):
 class Work:
     """One request: collects text until there is something to send."""
 
-    def __init__(self, sender, options, prompt, sampling, stream, prefix):
+    def __init__(
+        self, sender: Sender, options: Options, prompt: list[int], sampling: dict[str, Any], stream: TextStream, prefix: str
+    ) -> None:
         self.sender, self.options, self.prompt, self.sampling, self.stream = sender, options, prompt, sampling, stream
         self.streaming = options.wants("stream")
         self.text = prefix
         self.count = 0
         self.cum_log_prob = 0.0
-        self.log_probs, self.logits, self.closing = [], [], []
+        self.log_probs: list[float] = []
+        self.logits: list[Any] = []
+        self.closing: list[tuple[str, Any]] = []
 
-    def take(self, header, arrays):
+    def take(self, header: Header, arrays: Arrays) -> None:
         """Add one token, or what comes with the end."""
         if "token" not in header:
             if arrays:
@@ -156,23 +176,23 @@ class Work:
         if self.streaming and self.text and not self.stream.stopped and not header["last"]:
             self.sender.send(self._response([]))
 
-    def close(self):
+    def close(self) -> None:
         """Take the text that was held back."""
         if not self.stream.stopped:
             self.text += self.stream.flush()
 
-    def last(self):
+    def last(self) -> Any:
         """The response that ends the request; None when a stream has sent everything."""
         closing = [pb_utils.Tensor(name, array) for name, array in self.closing]
         if self.options.wants("return_num_input_tokens"):
-            closing.append(pb_utils.Tensor("num_input_tokens", np.asarray([[len(self.prompt)]], np.int32)))
+            closing.append(tensor("num_input_tokens", [[len(self.prompt)]], np.int32))
         if self.options.wants("return_num_output_tokens"):
-            closing.append(pb_utils.Tensor("num_output_tokens", np.asarray([[self.count]], np.int32)))
+            closing.append(tensor("num_output_tokens", [[self.count]], np.int32))
         if self.streaming and not (self.text or closing or self.log_probs or self.logits):
             return None
         return self._response(closing)
 
-    def _response(self, closing):
+    def _response(self, closing: list[Any]) -> Any:
         tensors = [
             pb_utils.Tensor("text_output", np.asarray([[self.text.encode("utf-8")]], dtype=np.object_)),
             pb_utils.Tensor("batch_index", np.zeros((1, 1), np.int32)),

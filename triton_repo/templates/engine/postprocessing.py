@@ -1,30 +1,34 @@
 """Token ids to text."""
 
+from __future__ import annotations
+
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(HERE))  # what was copied beside this file, before anything that is installed
 
-from runtime.errors import RequestError  # noqa: E402
-from runtime.text import Tokenizer  # noqa: E402
-from serving_inputs import InputError, check_ids  # noqa: E402
-from serving_triton import bad_request, error_response, inputs_of, parameter  # noqa: E402
+from engines.runtime.errors import RequestError  # noqa: E402
+from engines.runtime.text import Tokenizer  # noqa: E402
+from triton_repo.serving_inputs import InputError, Inputs, check_ids  # noqa: E402
+from triton_repo.templates.shared.python_backend import bad_request, error_response, inputs_of, parameter  # noqa: E402
 
 
 class TritonPythonModel:
     """See the Python backend's documentation for the methods."""
 
-    def initialize(self, args):
+    def initialize(self, args: Mapping[str, str]) -> None:
         config = json.loads(args["model_config"])
         self.tokenizer = Tokenizer.load(HERE / "tokenizer")
         self.vocab_size = int(parameter(config, "vocab_size"))
 
-    def execute(self, requests):
+    def execute(self, requests: list[Any]) -> list[Any]:
         responses = []
         for request in requests:
             try:
@@ -33,7 +37,7 @@ class TritonPythonModel:
                 responses.append(error_response(bad_request(error)))
         return responses
 
-    def _decode(self, inputs):
+    def _decode(self, inputs: Inputs) -> Any:
         tokens = inputs["TOKENS_BATCH"]
         rows = tokens.reshape(-1, tokens.shape[-1])
         lengths = inputs["SEQUENCE_LENGTH"].reshape(-1)

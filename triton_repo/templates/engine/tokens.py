@@ -1,36 +1,44 @@
 """Tokens in, tokens out: the engine behind a scheduler that batches continuously."""
 
+from __future__ import annotations
+
 import json
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(HERE))  # what was copied beside this file, before anything that is installed
 
-from engine_link import EngineServer, address  # noqa: E402
-from runtime import SamplingParams, load_engine  # noqa: E402
-from runtime.errors import CapacityError, RequestError  # noqa: E402
-from serving_inputs import (  # noqa: E402
-    TOKENS_NAMES,
+from engines.runtime import RequestHandle, SamplingParams, TokenEvent, load_engine  # noqa: E402
+from engines.runtime.errors import CapacityError, RequestError  # noqa: E402
+from triton_repo.interface import TOKENS  # noqa: E402
+from triton_repo.serving_inputs import (  # noqa: E402
     InputError,
+    Options,
     check_room,
     parse_options,
     prompt_tokens,
     scalar,
     sequences_of,
 )
-from serving_triton import (  # noqa: E402
+from triton_repo.templates.engine.link import EngineServer, address  # noqa: E402
+from triton_repo.templates.shared.python_backend import (  # noqa: E402
     FINAL,
     Metrics,
+    Sender,
     Watcher,
     bad_request,
     error_response,
+    failed,
     inputs_of,
     parameter,
+    tensor,
 )
 
 METRICS = {
@@ -47,26 +55,27 @@ METRICS = {
 class TritonPythonModel:
     """See the Python backend's documentation for the three methods."""
 
-    def initialize(self, args):
+    def initialize(self, args: Mapping[str, str]) -> None:
         config = json.loads(args["model_config"])
         threads = parameter(config, "threads")
         self.engine = load_engine(
             HERE / "engine",
             num_slots=int(parameter(config, "num_slots", "8")),
             threads=int(threads) if threads else None,
+            prefill_chunk=int(parameter(config, "prefill_chunk", "256")),
+            max_queue=int(parameter(config, "max_queue", "256")),
         )
-        self.engine.scheduler.max_queue = int(parameter(config, "max_queue", "256"))
         self.engine.scheduler.start()
         self.exclude_input = parameter(config, "exclude_input_in_output", "false") == "true"
         self.vocab_size = self.engine.manifest.model.vocab_size
         self.max_length = self.engine.manifest.model.max_length
-        self.handles = {}
+        self.handles: dict[str, list[RequestHandle]] = {}
         self.lock = threading.Lock()
         self.metrics = Metrics(args["model_name"], METRICS)
         self.link = EngineServer(address(HERE.parent), self._submit, self.metrics.first_token)
         self.watcher = Watcher(lambda: self.metrics.update(self.engine.scheduler.stats))
 
-    def execute(self, requests):
+    def execute(self, requests: list[Any]) -> None:
         for request in requests:
             sender = request.get_response_sender()
             try:
@@ -77,23 +86,21 @@ class TritonPythonModel:
                 full = pb_utils.TritonError(str(error), pb_utils.TritonError.UNAVAILABLE)
                 sender.send(error_response(full), flags=FINAL)
             except Exception as error:
-                text = f"{type(error).__name__}: {error}"
-                pb_utils.Logger.log_error(text)
-                sender.send(error_response(pb_utils.TritonError(text)), flags=FINAL)
+                sender.send(error_response(failed(error)), flags=FINAL)
 
-    def finalize(self):
+    def finalize(self) -> None:
         self.link.stop()
         self.watcher.stop()
         self.engine.close()
 
-    def _accept(self, request, sender):
+    def _accept(self, request: Any, sender: Sender) -> None:
         inputs = inputs_of(request)
         name = request.request_id()
         if scalar(inputs, "stop"):
             self._stop(name)
             sender.send(flags=FINAL)
             return
-        options = parse_options(inputs, TOKENS_NAMES, self.vocab_size)
+        options = parse_options(inputs, TOKENS, self.vocab_size)
         prompt = prompt_tokens(inputs, self.vocab_size)
         check_room("input_ids", len(prompt), "request_output_len", options.given["max_tokens"], self.max_length)
         sampling = dict(options.sampling)
@@ -106,14 +113,14 @@ class TritonPythonModel:
         key = self.watcher.watch(sender, handle.cancel)
         threading.Thread(target=self._answer, args=(answer, handle, key, name), daemon=True).start()
 
-    def _submit(self, prompt, sampling):
+    def _submit(self, prompt: Sequence[int], sampling: dict[str, Any]) -> RequestHandle:
         """Queue a request; the model's own end tokens hold unless the request names others. Called from any thread."""
         if "eos_token_ids" not in sampling and not sampling.get("ignore_eos"):
             sampling["eos_token_ids"] = self.engine.manifest.model.eos_token_ids
         lists = {key: _tuples(value) for key, value in sampling.items()}
         return self.engine.scheduler.submit(prompt, SamplingParams(**lists))
 
-    def _stop(self, name):
+    def _stop(self, name: str) -> None:
         if not name:
             raise InputError("stop: expected the id of the request to stop, found a request without an id.")
         with self.lock:
@@ -121,14 +128,13 @@ class TritonPythonModel:
         for handle in handles:
             handle.cancel()
 
-    def _answer(self, answer, handle, key, name):
+    def _answer(self, answer: Answer, handle: RequestHandle, key: object, name: str) -> None:
         try:
             for event in handle:
                 answer.add(event)
             failure = None
         except Exception as error:
-            pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
-            failure = pb_utils.TritonError(f"{type(error).__name__}: {error}")
+            failure = failed(error)
         finally:
             with self.lock:
                 rest = [other for other in self.handles.get(name, ()) if other is not handle]
@@ -140,22 +146,24 @@ class TritonPythonModel:
         self.metrics.first_token(handle)
 
 
-def _tuples(value):
+def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 class Answer:
     """Turns token events into responses: one per token when streaming, else one at the end."""
 
-    def __init__(self, sender, options, prompt, exclude_input):
+    def __init__(self, sender: Sender, options: Options, prompt: list[int], exclude_input: bool) -> None:
         self.sender, self.options, self.prompt = sender, options, prompt
         self.streaming = options.wants("stream")
         # A stream carries new tokens only, whatever the option says.
         self.exclude_input = exclude_input or self.streaming
         self.count, self.total_log_prob = 0, 0.0
-        self.pending, self.log_probs, self.logits = [], [], []
+        self.pending: list[int] = []
+        self.log_probs: list[float] = []
+        self.logits: list[Any] = []
 
-    def add(self, event):
+    def add(self, event: TokenEvent) -> None:
         if not event.has_token:
             return
         self.pending.append(event.token)
@@ -169,13 +177,13 @@ class Answer:
         if self.streaming and event.finish_reason is None:
             self.sender.send(self._response())
 
-    def finish(self, handle, failure):
+    def finish(self, handle: RequestHandle, failure: Any) -> None:
         if failure is not None:
             self.sender.send(error_response(failure), flags=FINAL)
         else:
             self.sender.send(self._response(handle), flags=FINAL)
 
-    def _response(self, handle=None):
+    def _response(self, handle: RequestHandle | None = None) -> Any:
         tokens = self.pending if self.exclude_input else self.prompt + self.pending
         # Cancelled between two tokens: there is nothing new, and tensors without elements are not for the wire.
         tensors = [tensor("output_ids", [[tokens]], np.int32)] if tokens else []
@@ -195,7 +203,7 @@ class Answer:
         self.pending, self.log_probs, self.logits = [], [], []
         return pb_utils.InferenceResponse(output_tensors=tensors)
 
-    def _closing(self, handle):
+    def _closing(self, handle: RequestHandle) -> list[Any]:
         """What only the last response carries."""
         tensors = []
         wants = self.options.wants
@@ -209,8 +217,3 @@ class Answer:
             for name in ("arrival", "first_scheduled", "first_token", "last_token"):
                 tensors.append(tensor(f"{name}_time_ns", [[getattr(handle.times, f"{name}_ns")]], np.int64))
         return tensors
-
-
-def tensor(name, values, dtype):
-    """A pb_utils.Tensor of exactly this dtype: the server does not check it."""
-    return pb_utils.Tensor(name, np.ascontiguousarray(np.asarray(values, dtype=dtype)))

@@ -1,31 +1,36 @@
 """Text to token ids."""
 
+from __future__ import annotations
+
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(HERE))  # what was copied beside this file, before anything that is installed
 
-from runtime.errors import RequestError  # noqa: E402
-from runtime.text import Tokenizer  # noqa: E402
-from serving_inputs import InputError, scalar, sequences_array, text_of, words_of  # noqa: E402
-from serving_triton import bad_request, error_response, inputs_of, parameter  # noqa: E402
+from engines.runtime.errors import RequestError  # noqa: E402
+from engines.runtime.text import Tokenizer  # noqa: E402
+from triton_repo.serving_inputs import InputError, Inputs, scalar, sequences_array, text_of, words_of  # noqa: E402
+from triton_repo.templates.shared.python_backend import bad_request, error_response, inputs_of, parameter  # noqa: E402
 
 
 class TritonPythonModel:
     """See the Python backend's documentation for the methods."""
 
-    def initialize(self, args):
+    def initialize(self, args: Mapping[str, str]) -> None:
         config = json.loads(args["model_config"])
         self.tokenizer = Tokenizer.load(HERE / "tokenizer")
         self.end_id = int(parameter(config, "end_id", "-1"))
         self.pad_id = int(parameter(config, "pad_id", "-1"))
 
-    def execute(self, requests):
+    def execute(self, requests: list[Any]) -> list[Any]:
         responses = []
         for request in requests:
             try:
@@ -34,7 +39,7 @@ class TritonPythonModel:
                 responses.append(error_response(bad_request(error)))
         return responses
 
-    def _encode(self, inputs):
+    def _encode(self, inputs: Inputs) -> list[Any]:
         ids = self.tokenizer.encode(text_of(inputs, "QUERY"))
         length = scalar(inputs, "REQUEST_OUTPUT_LEN")
         if length is None or length < 1:
@@ -51,5 +56,5 @@ class TritonPythonModel:
         }
         return [pb_utils.Tensor(name, np.asarray(value, np.int32)) for name, value in values.items()]
 
-    def _words(self, inputs, name):
+    def _words(self, inputs: Inputs, name: str) -> NDArray[np.int32]:
         return sequences_array([self.tokenizer.encode(word, add_special_tokens=False) for word in words_of(inputs, name)])[None]

@@ -5,6 +5,8 @@ address is an abstract Unix socket named after the server's process and the repo
 A message is a length, a JSON header and the raw bytes of the arrays the header lists. Closing the connection cancels the request.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import json
@@ -13,21 +15,28 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from engines.runtime import RequestHandle
+from triton_repo.interface import NGPT as ENGINE
+from triton_repo.templates.shared.python_backend import Arrays, Header
+
+__all__ = ["ENGINE", "EngineLink", "EngineServer", "address"]
 LENGTH = struct.Struct("<II")
 LIMIT = 1 << 30
 
 
-def address(model_folder):
+def address(model_folder: Path) -> str:
     """The engine's address for the models of one repository in one server."""
     place = hashlib.sha256(str(Path(model_folder).resolve().parents[1]).encode()).hexdigest()[:16]
     return f"\0ngpt-deploy-{os.getppid()}-{place}"
 
 
-def send(connection, header, arrays=()):
+def send(connection: socket.socket, header: Header, arrays: Sequence[Any] = ()) -> None:
     """One message: a JSON header and float32 arrays."""
     arrays = [np.ascontiguousarray(array, dtype=np.float32) for array in arrays]
     data = json.dumps(header | {"shapes": [array.shape for array in arrays]}).encode()
@@ -35,7 +44,7 @@ def send(connection, header, arrays=()):
     connection.sendall(LENGTH.pack(len(data), len(body)) + data + body)
 
 
-def receive(connection):
+def receive(connection: socket.socket) -> tuple[Header, Arrays] | None:
     """The next message as (header, arrays), or None when the other side has closed."""
     start = _exactly(connection, LENGTH.size)
     if start is None:
@@ -54,7 +63,7 @@ def receive(connection):
     return header, arrays
 
 
-def _exactly(connection, size):
+def _exactly(connection: socket.socket, size: int) -> bytes | None:
     parts = []
     while size:
         part = connection.recv(min(size, 1 << 20))
@@ -68,7 +77,9 @@ def _exactly(connection, size):
 class EngineServer:
     """Answers connections with ``submit(prompt, sampling) -> handle`` of the scheduler, until ``stop``."""
 
-    def __init__(self, name, submit, done):
+    def __init__(
+        self, name: str, submit: Callable[[Sequence[int], dict[str, Any]], RequestHandle], done: Callable[[RequestHandle], None]
+    ) -> None:
         """``done(handle)`` is called after the last message of each request."""
         self._submit, self._done = submit, done
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -76,11 +87,11 @@ class EngineServer:
         self._listener.listen(1024)
         threading.Thread(target=self._accept, name="engine-link", daemon=True).start()
 
-    def stop(self):
+    def stop(self) -> None:
         """Take no more connections."""
         self._listener.close()
 
-    def _accept(self):
+    def _accept(self) -> None:
         while True:
             try:
                 connection, _ = self._listener.accept()
@@ -92,7 +103,7 @@ class EngineServer:
                 continue
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
-    def _serve(self, connection):
+    def _serve(self, connection: socket.socket) -> None:
         with connection:
             try:
                 message = receive(connection)
@@ -110,7 +121,7 @@ class EngineServer:
                 return  # the client has gone, and its request with it
 
     @staticmethod
-    def _answer(connection, handle):
+    def _answer(connection: socket.socket, handle: RequestHandle) -> None:
         try:
             for event in handle:
                 if event.has_token:
@@ -134,7 +145,7 @@ class EngineServer:
 MOMENTS = ("arrival", "first_scheduled", "first_token", "last_token")
 
 
-def _cancel_on_close(connection, handle):
+def _cancel_on_close(connection: socket.socket, handle: RequestHandle) -> None:
     with contextlib.suppress(OSError):
         connection.recv(1)
     handle.cancel()
@@ -143,18 +154,18 @@ def _cancel_on_close(connection, handle):
 class EngineLink:
     """One request to the engine. Iterating yields (header, arrays); the last header has "end" or "error"."""
 
-    def __init__(self, name, prompt, sampling, patience=20.0):
+    def __init__(self, name: str, prompt: Sequence[int], sampling: dict[str, Any], patience: float = 20.0) -> None:
         """Raises ConnectionError when the tokens model does not answer within ``patience`` seconds."""
         self._connection = _connect(name, patience)
         send(self._connection, {"prompt": prompt, "sampling": sampling})
 
-    def cancel(self):
+    def cancel(self) -> None:
         """Give the request up: its slot is free at the engine's next step. May be called from any thread, and again."""
         with contextlib.suppress(OSError):
             # Only our side: what the engine says at the end still arrives.
             self._connection.shutdown(socket.SHUT_WR)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[Header, Arrays]]:
         with self._connection:
             while (message := receive(self._connection)) is not None:
                 yield message
@@ -162,7 +173,7 @@ class EngineLink:
                     return
 
 
-def _connect(name, patience):
+def _connect(name: str, patience: float) -> socket.socket:
     deadline = time.monotonic() + patience
     while True:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

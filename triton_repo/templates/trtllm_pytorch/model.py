@@ -4,30 +4,45 @@ Contract-tested with a double of `tensorrt_llm.LLM`; not executed with TensorRT-
 text so far, are those of the llmapi model in TensorRT-LLM's repository (read at commit 044a90d2).
 """
 
+from __future__ import annotations
+
 import importlib.util
 import json
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(HERE))  # what was copied beside this file, before anything that is installed
 
-from serving_inputs import InputError, scalar, text_of, words_of  # noqa: E402
-from serving_triton import FINAL, Watcher, bad_request, error_response, inputs_of  # noqa: E402
+from triton_repo.interface import PYTORCH  # noqa: E402
+from triton_repo.interface import inputs as rows_of
+from triton_repo.serving_inputs import InputError, check_range, scalar, text_of, words_of  # noqa: E402
+from triton_repo.templates.shared.python_backend import (  # noqa: E402
+    FINAL,
+    Sender,
+    Watcher,
+    bad_request,
+    error_response,
+    failed,
+    inputs_of,
+)
 
-SAMPLING = ("best_of", "top_k", "max_tokens", "temperature", "top_p", "frequency_penalty", "presence_penalty", "seed")
-SAMPLING += ("exclude_input_from_output",)
+PREFIX = "sampling_param_"
+SAMPLING = [(row, tensor) for row, tensor in rows_of(PYTORCH) if tensor.name.startswith(PREFIX) and tensor.dims == (1,)]
+"""Inputs that are arguments of `tensorrt_llm.SamplingParams`, under the name behind the prefix."""
 EXTRAS = ("finish_reason", "stop_reason")
 
 
 class TritonPythonModel:
     """See the Python backend's documentation for the three methods."""
 
-    def initialize(self, args):
+    def initialize(self, args: Mapping[str, str]) -> None:
         # The file is JSON, which YAML contains: no YAML library is needed to read it.
         settings = json.loads((HERE / "model.yaml").read_text(encoding="utf-8"))
         settings.pop("triton_config")
@@ -37,15 +52,15 @@ class TritonPythonModel:
 
         self.params = tensorrt_llm.SamplingParams
         self.llm = tensorrt_llm.LLM(**settings | {"model": str(HERE / settings["model"])})
-        self.live = {}
+        self.live: dict[str, list[Any]] = {}
         self.lock = threading.Lock()
         self.watcher = Watcher()
 
-    def finalize(self):
+    def finalize(self) -> None:
         self.watcher.stop()
         self.llm.shutdown()
 
-    def execute(self, requests):
+    def execute(self, requests: list[Any]) -> None:
         for request in requests:
             sender = request.get_response_sender()
             try:
@@ -53,19 +68,20 @@ class TritonPythonModel:
             except (InputError, ValueError) as error:
                 sender.send(error_response(bad_request(error)), flags=FINAL)
             except Exception as error:
-                pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
-                sender.send(error_response(pb_utils.TritonError(f"{type(error).__name__}: {error}")), flags=FINAL)
+                sender.send(error_response(failed(error)), flags=FINAL)
 
-    def _accept(self, request, sender):
+    def _accept(self, request: Any, sender: Sender) -> None:
         inputs, name = inputs_of(request), request.request_id()
         if scalar(inputs, "stop"):
             self._stop(name)
             sender.send(flags=FINAL)
             return
         prompt = text_of(inputs, "text_input")
-        given = {key: value for key in SAMPLING if (value := scalar(inputs, f"sampling_param_{key}")) is not None}
-        if given.get("max_tokens", 1) < 1:
-            raise InputError(f"sampling_param_max_tokens: expected at least 1, found {given['max_tokens']}.")
+        given: dict[str, Any] = {}
+        for row, tensor in SAMPLING:
+            if (value := scalar(inputs, tensor.name)) is not None:
+                check_range(row, tensor.name, value)
+                given[tensor.name.removeprefix(PREFIX)] = value
         if stop := words_of(inputs, "sampling_param_stop"):
             given["stop"] = stop
         wanted = [key for key in EXTRAS if scalar(inputs, f"return_{key}")]
@@ -79,7 +95,7 @@ class TritonPythonModel:
         key = self.watcher.watch(sender, result.abort)
         threading.Thread(target=self._answer, args=(sender, result, key, name, wanted, probability), daemon=True).start()
 
-    def _stop(self, name):
+    def _stop(self, name: str) -> None:
         if not name:
             raise InputError("stop: expected the id of the request to stop, found a request without an id.")
         with self.lock:
@@ -87,7 +103,7 @@ class TritonPythonModel:
         for result in results:
             result.abort()
 
-    def _answer(self, sender, result, key, name, wanted, probability):
+    def _answer(self, sender: Sender, result: Any, key: object, name: str, wanted: Sequence[str], probability: bool) -> None:
         held = failure = None
         try:
             # One response is held back, so that the last can carry the final flag.
@@ -96,8 +112,7 @@ class TritonPythonModel:
                     sender.send(held)
                 held = _response(output.outputs, wanted, probability)
         except Exception as error:
-            pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
-            failure = pb_utils.TritonError(f"{type(error).__name__}: {error}")
+            failure = failed(error)
         with self.lock:
             rest = [other for other in self.live.get(name, ()) if other is not result]
             self.live[name] = rest
@@ -111,7 +126,7 @@ class TritonPythonModel:
             sender.send(last, flags=FINAL)
 
 
-def _response(sequences, wanted, probability):
+def _response(sequences: Sequence[Any], wanted: Sequence[str], probability: bool) -> Any:
     texts = np.asarray([sequence.text.encode("utf-8") for sequence in sequences], dtype=np.object_)
     tensors = [pb_utils.Tensor("text_output", texts)]
     for name in wanted:
@@ -123,8 +138,10 @@ def _response(sequences, wanted, probability):
     return pb_utils.InferenceResponse(output_tensors=tensors)
 
 
-def _import(path):
+def _import(path: Path) -> None:
     spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} cannot be imported")
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
