@@ -1,4 +1,5 @@
-"""How much of a GPU's memory an engine takes: one sum, which planning, building, dry runs and the size of the decode batch all read."""
+"""How much of a GPU's memory an engine takes: one sum, which planning, building, dry runs and the size of the decode batch
+all read."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ _VECTOR_BYTES = 4  # scales of heads and channels stay float32
 class Memory:
     """Bytes on the fullest of the GPUs that share a model.
 
-    weights: all of them, `table` being the part of the embedding table, of which a decode step reads only some rows. cache_token: keys
-    and values that one token of one sequence adds. activations: of a step. card: what the GPU has.
+    weights: all of them, `table` being the part of the embedding table, of which a decode step reads only some rows.
+    cache_token: keys and values that one token of one sequence adds. activations: of a step. card: what the GPU has.
     """
 
     weights: int

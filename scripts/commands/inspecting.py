@@ -1,4 +1,5 @@
-"""inspect: what an engine folder is, from its manifest, after its files were held against it. Needs neither torch nor a runtime."""
+"""inspect: what an engine folder is, from its manifest, after its files were held against it. Needs neither torch nor a
+runtime."""
 
 import argparse
 import importlib
