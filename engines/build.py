@@ -17,10 +17,10 @@ from engines.runtime.manifest import read_manifest
 from engines.runtimes import runtime_of
 from engines.target import AUTO, DEFAULT, Target, load_target, with_kv_cache
 from export.trtllm.parallel import Parallel
+from ngpt.atomic_folder import check_free, new_folder
 from ngpt.checkpoint import Checkpoint, open_checkpoint
 from ngpt.checkpoint.base import OffSphere
 from ngpt.errors import BuildError, TargetError, os_trouble
-from ngpt.folder import check_free, new_folder
 from ngpt.progress import Progress, part_of, silent
 from ngpt.text_files import End
 

@@ -13,9 +13,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from ngpt.atomic_folder import new_folder
 from ngpt.checkpoint import open_checkpoint
 from ngpt.errors import PackagingError
-from ngpt.folder import new_folder
 from ngpt.text_files import TOKENIZER_FILE, End
 from triton_repo.config_pbtxt import pytorch_model
 from triton_repo.package import copy_code, copy_files

@@ -21,8 +21,8 @@ from engines.runtime.compatibility import check_slots
 from engines.runtime.engine import PREFILL_CHUNK
 from engines.runtime.errors import ServingError
 from engines.runtime.manifest import MANIFEST_NAME, Manifest, contained_path, read_manifest, verify_files, write_manifest
+from ngpt.atomic_folder import check_free, new_folder
 from ngpt.errors import PackagingError
-from ngpt.folder import check_free, new_folder
 from ngpt.text_files import End, TextFiles, given_tokenizer
 from triton_repo.config_pbtxt import Settings, backend_model, ensemble, postprocessing, preprocessing, text_model, tokens_model
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ngpt.checkpoint.table import Expected
+from ngpt.checkpoint.names import Expected
 from ngpt.errors import TensorValueError
 
 _BLOCK = 1 << 22  # elements looked at together: bounds private memory for any tensor
