@@ -25,7 +25,7 @@ from triton_repo.serving_inputs import (
     parse_options,
     prompt_tokens,
     scalar,
-    sequences_of,
+    word_lists,
 )
 from triton_repo.templates.engine.link import EngineServer, address
 from triton_repo.templates.shared.python_backend import (
@@ -103,10 +103,7 @@ class TritonPythonModel:
         options = parse_options(inputs, TOKENS, self.vocab_size)
         prompt = prompt_tokens(inputs, self.vocab_size)
         check_room("input_ids", len(prompt), "request_output_len", options.given["max_tokens"], self.max_length)
-        sampling = dict(options.sampling)
-        sampling["stop_sequences"] = sequences_of(inputs, "stop_words_list", self.vocab_size)
-        sampling["bad_sequences"] = sequences_of(inputs, "bad_words_list", self.vocab_size)
-        handle = self._submit(prompt, sampling)
+        handle = self._submit(prompt, options.sampling | word_lists(inputs, self.vocab_size))
         with self.lock:
             self.handles.setdefault(name, []).append(handle)
         answer = Answer(sender, options, prompt, options.wants("exclude_input", self.exclude_input))
