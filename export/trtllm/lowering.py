@@ -1,14 +1,16 @@
-"""The network over `tensorrt_llm.functional`: the network that `trtllm-build` compiles, one rank and one stage of a pipeline at a time.
+"""The network over `tensorrt_llm.functional`: what `trtllm-build` compiles, one rank and one stage at a time.
 
-Read at: tensorrt_llm/functional.py, NVIDIA/TensorRT-LLM commit 00714966 (the stored commit nearest to tag v1.2.1; the module went with
-the engine flow in 1.3). Contract-tested against tests/doubles/tensorrt_llm_double; not executed on TensorRT-LLM.
+Read at: tensorrt_llm/functional.py, NVIDIA/TensorRT-LLM commit 00714966 (the stored commit nearest to tag v1.2.1; the
+module went with the engine flow in 1.3). Contract-tested against tests/doubles/tensorrt_llm_double; not executed on
+TensorRT-LLM.
 
-Tokens are packed, [num_tokens, E] with the sequences one behind the other (in-flight batching), or padded, [B, S, E]; heads become
-one more axis. What a rank computes on its own: projections by rows, position code, norms per head, sqk**2, attention over its
-heads. Norms over E need the whole vector: they come after the all-reduce that ends `dense` and `proj` (inside `RowLinear`),
-never before it, and every rank then computes the same update. So a layer has two all-reduces, as without normalisation.
-`gpt_attention` scales by 1 / (q_scaling * sqrt(D)) (docs/source/advanced/gpt-attention.md, commit 5a211b91): q_scaling = 1 / D is
-nGPT's sqrt(D). It encodes no positions here, since sqk**2 belongs between the position code and the dot product.
+Tokens are packed, [num_tokens, E] with the sequences one behind the other (in-flight batching), or padded, [B, S, E];
+heads become one more axis. What a rank computes on its own: projections by rows, position code, norms per head,
+sqk**2, attention over its heads. Norms over E need the whole vector: they come after the all-reduce that ends `dense`
+and `proj` (inside `RowLinear`), never before it, and every rank then computes the same update. So a layer has two
+all-reduces, as without normalisation. `gpt_attention` scales by 1 / (q_scaling * sqrt(D))
+(docs/source/advanced/gpt-attention.md, commit 5a211b91): q_scaling = 1 / D is nGPT's sqrt(D). It encodes no positions
+here, since sqk**2 belongs between the position code and the dot product.
 """
 
 from __future__ import annotations
@@ -201,9 +203,10 @@ class TensorRTLLM(Lowering[Any]):
         return found
 
     def _quantised_cache(self, local: int) -> dict[str, Any]:
-        """Arguments of `gpt_attention` for an fp8 cache: both scales of a layer's keys and values, float32 [1], and the mode; else none.
+        """Arguments of `gpt_attention` for an fp8 cache: both scales of a layer, float32 [1], and the mode; else none.
 
-        As TensorRT-LLM's own attention passes them (tensorrt_llm/layers/attention.py, Ataraksia/TensorRT-LLM commit a451bf93, a fork of 1.x).
+        As TensorRT-LLM's own attention passes them (tensorrt_llm/layers/attention.py, Ataraksia/TensorRT-LLM commit
+        a451bf93, a fork of 1.x).
         """
         if self.model.config.kv_dtype != "fp8":
             return {}

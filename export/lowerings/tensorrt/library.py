@@ -1,8 +1,9 @@
 """One small face of `tensorrt` 10, `tensorrt` 11 and `tensorrt_rtx`: what each has, and its errors as exceptions.
 
-The three libraries share a network API and differ in which layers exist. `Library` asks the module itself (never a version number)
-and reports mistakes where they are made: the library logs an error, returns None or an impossible shape, and goes on.
-tensorrt_rtx 1.7.1 builds in this project's tests; `tensorrt` itself is contract-tested, not executed.
+The three libraries share a network API and differ in which layers exist. `Library` asks the module itself (never a
+version number) and reports mistakes where they are made: the library logs an error, returns None or an impossible
+shape, and goes on. tensorrt_rtx 1.7.1 builds in this project's tests; `tensorrt` itself is contract-tested, not
+executed.
 """
 
 from __future__ import annotations

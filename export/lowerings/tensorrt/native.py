@@ -156,7 +156,7 @@ class TensorRT(TensorRTLayers):
     # -- attention -----------------------------------------------------------------------------------------------------
 
     def _causal_mask(self) -> Any:
-        """Whether a query may see a key: bool [B, 1, S, L]. Keys lie in the cache at their positions, so the order says it all."""
+        """Whether a query may see a key: bool [B, 1, S, L]. Keys lie in the cache at their positions: the order says it."""
         length = self.spec.max_length
         keys = self.constant("mask.keys", np.arange(length, dtype=np.int32)[None, None, None])
         rows = self.reshape("mask.queries", self.position_ids, (0, 1, -1, 1))

@@ -29,7 +29,7 @@ def rotate(ops: TensorRTLayers, name: str, x: Any, cos: Any, sin: Any) -> Any:
 
 
 def append(ops: TensorRTLayers, name: str, past: Any, new: Any, write_at: Any, input_ids: Any) -> Any:
-    """past [B, K, L, D] with new [B, K, S, D] at write_at [B]: for every place of the cache, the new value it takes or the old."""
+    """past [B, K, L, D] with new [B, K, S, D] at write_at [B]: each place of the cache takes the new value or keeps its own."""
     inside, fresh = _places(ops, write_at, input_ids)
     gather = ops.network.add_gather(ops.reshape(f"{name}.by_token", new, None, (0, 2, 1, 3)), inside, 1)
     ops.made(f"{name}.spread", gather).num_elementwise_dims = 1
