@@ -14,7 +14,6 @@ from engines.backends.protocol import Job, Written
 from engines.runtime.errors import EngineFileError
 from engines.runtime.manifest import (
     MANIFEST_NAME,
-    SCHEMA_VERSION,
     FileEntry,
     Manifest,
     ModelInfo,
@@ -49,19 +48,6 @@ def add_verdict(folder: Path, manifest: Manifest, parity: Mapping[str, Any]) -> 
 def add_note(folder: Path, manifest: Manifest, note: str) -> Manifest:
     """The manifest with a note on the target, written."""
     return _rewritten(folder, dataclasses.replace(manifest, target=dataclasses.replace(manifest.target, note=note[:_MAX_NOTE])))
-
-
-def current(manifest: Manifest) -> Manifest:
-    """The manifest as this version writes it: what an older one said elsewhere is where it belongs. Raises EngineFileError."""
-    if manifest.precision:
-        return manifest
-    flags = {key: value for key, value in manifest.flags.items() if key != "block_size"}
-    return dataclasses.replace(
-        manifest,
-        precision=recorded_precision(manifest).describe(),
-        flags=flags,
-        schema_version=SCHEMA_VERSION,
-    )
 
 
 def recorded_precision(manifest: Manifest) -> Precision:

@@ -1,6 +1,6 @@
 """The deployed nGPT network, stated once (arXiv:2410.01131, section 2), over the vocabulary of `lowerings.base.Lowering`.
 
-Names are shared by every lowering and by the PyTorch model's taps, so that two runs are compared by joining on names.
+Whoever owns a runtime's graph calls `define_network` with that runtime's lowering. Names are shared by every lowering and by the PyTorch model's taps, so that two runs are compared by joining on names.
 """
 
 import math
@@ -11,7 +11,7 @@ from export.lowerings.base import Lowering
 T = TypeVar("T")
 
 
-def trace(ops: Lowering[T]) -> T:
+def define_network(ops: Lowering[T]) -> T:
     """State the network to a lowering; returns its handle of the logits [B, S, V]."""
     spec = ops.spec
     h = ops.embedding("embed")

@@ -54,7 +54,7 @@ def worker(checkpoint: Path, target: str, precision: str | None) -> None:
     """Build once; prints one line of JSON."""
     from engines.backends.tensorrt import build_plan
     from engines.target import load_target
-    from export.lowerings.tensorrt_library import load_library
+    from export.lowerings.tensorrt.library import load_library
     from export.weights import DeployedWeights
     from ngpt.checkpoint import open_checkpoint
     from ngpt.weights import Weights

@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ngpt.errors import ServerError, missing_package
-from triton_repo.serving_inputs import TEXT_NAMES, TOKENS_NAMES, InputError, option_array, sequences_array
+from triton_repo.interface import TEXT, TOKENS
+from triton_repo.interface import options as rows_of
+from triton_repo.serving_inputs import InputError, option_array, sequences_array
 
 _TRITON_NAMES = {"int32": "INT32", "float32": "FP32", "uint64": "UINT64", "bool": "BOOL", "object": "BYTES"}
 
@@ -54,7 +56,7 @@ def stream_text(
         url: ``host:port`` of the gRPC endpoint, without a scheme.
         prompt: text (bytes are sent as they are).
         timeout: seconds that may pass between two responses.
-        options: temperature, top_k, top_p, seed, min_tokens, repetition_penalty, ... as in ``serving_inputs.TEXT_NAMES``.
+        options: temperature, top_k, top_p, seed, min_tokens, repetition_penalty, ... as in docs/serving.md.
 
     Raises:
         RequestRefused: a value is out of range (nothing is sent then), or the server refused or failed the request.
@@ -121,7 +123,7 @@ def token_tensors(
     tensors: dict[str, NDArray[Any]] = {
         "input_ids": _ids("input_ids", [prompt]),
         "input_lengths": np.asarray([[len(prompt)]], np.int32),
-        **_option_tensors({**options, "max_tokens": max_tokens}, TOKENS_NAMES),
+        **_option_tensors({**options, "max_tokens": max_tokens}, TOKENS),
     }
     for name, sequences in (("stop_words_list", stop_sequences), ("bad_words_list", bad_sequences)):
         for sequence in sequences:
@@ -148,7 +150,7 @@ def _text_tensors(
 ) -> dict[str, NDArray[Any]]:
     tensors = {
         "text_input": _strings("text_input", [prompt]),
-        **_option_tensors({**options, "max_tokens": max_tokens}, TEXT_NAMES),
+        **_option_tensors({**options, "max_tokens": max_tokens}, TEXT),
     }
     for name, words in (("stop_words", stop), ("bad_words", bad)):
         if words:
@@ -170,14 +172,20 @@ def _strings(name: str, values: Sequence[str | bytes]) -> NDArray[Any]:
     return np.asarray([encoded], dtype=np.object_)
 
 
-def _option_tensors(options: dict[str, Any], names: dict[str, str]) -> dict[str, NDArray[Any]]:
-    unknown = sorted(set(options) - set(names))
-    if unknown:
-        raise TypeError(f"unknown option {unknown[0]}; known are {', '.join(sorted(names))}")
-    try:
-        return {names[k]: option_array(k, names[k], value) for k, value in options.items() if value is not None}
-    except InputError as error:
-        raise _refused(str(error)) from error
+def _option_tensors(options: dict[str, Any], interface: str) -> dict[str, NDArray[Any]]:
+    rows = rows_of(interface)
+    if unknown := sorted(set(options) - set(rows)):
+        raise TypeError(f"unknown option {unknown[0]}; known are {', '.join(sorted(rows))}")
+    arrays = {}
+    for option, value in options.items():
+        tensor = rows[option].of(interface)
+        if value is None or tensor is None:
+            continue
+        try:
+            arrays[tensor.name] = option_array(rows[option], tensor.name, value)
+        except InputError as error:
+            raise _refused(str(error)) from error
+    return arrays
 
 
 def _text(result: Any) -> str:

@@ -16,9 +16,9 @@ from ngpt.checkpoint import open_checkpoint
 from ngpt.errors import PackagingError
 from ngpt.folder import new_folder
 from ngpt.text_files import TOKENIZER_FILE, End
-from triton_repo.package import copy_files
+from triton_repo.config_pbtxt import pytorch_model
+from triton_repo.package import copy_code, copy_files
 
-_HERE = Path(__file__).resolve().parent
 _FOLDER = "checkpoint"
 
 
@@ -88,10 +88,9 @@ def package_checkpoint(
     }
     with new_folder(output, kind=PackagingError) as partial:
         version = partial / "tensorrt_llm" / "1"
-        copy_files(_HERE / "templates" / "llmapi", ("model.py",), version)
-        copy_files(_HERE / "templates" / "llmapi", ("config.pbtxt",), version.parent)
-        copy_files(_HERE / "templates" / "common", ("serving_triton.py",), version)
-        copy_files(_HERE, ("serving_inputs.py",), version)
+        version.mkdir(parents=True)
+        copy_code(version, "trtllm_pytorch/model.py")
+        (version.parent / "config.pbtxt").write_text(pytorch_model(), encoding="utf-8")
         for module in map(Path, modules):
             copy_files(module.parent, (module.name,), version / "modules")
         (version / _FOLDER).mkdir()

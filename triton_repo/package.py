@@ -11,43 +11,69 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
-from string import Template
 
 import engines.runtime
 from engines.runtime.compatibility import check_slots
+from engines.runtime.engine import PREFILL_CHUNK
 from engines.runtime.errors import ServingError
 from engines.runtime.manifest import MANIFEST_NAME, Manifest, contained_path, read_manifest, verify_files, write_manifest
 from ngpt.errors import PackagingError
 from ngpt.folder import check_free, new_folder
 from ngpt.text_files import End, TextFiles, given_tokenizer
+from triton_repo import config_pbtxt
+from triton_repo.config_pbtxt import Settings
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of a repository: its config.pbtxt, the Python file that is its model.py (None: its backend brings its own code), and
+    whether it goes through a tokenizer."""
+
+    config: Callable[[Settings], str]
+    code: str | None
+    text: bool = True
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A kind of repository: the template of each of its models, and the module by which the text models reach the tokens model."""
+    """A kind of repository: its models by name, and the folder of templates whose link leads from text models to the tokens model."""
 
-    models: Mapping[str, str]
+    models: Mapping[str, Model]
     link: str
 
 
-_PROCESSING = {"preprocessing": "preprocessing", "postprocessing": "postprocessing"}
-OWN = Layout({"tensorrt_llm": "tensorrt_llm", **_PROCESSING, "ensemble": "ensemble"}, "engine_link.py")
+_PROCESSING = {
+    "preprocessing": Model(config_pbtxt.preprocessing, "engine/preprocessing.py"),
+    "postprocessing": Model(config_pbtxt.postprocessing, "engine/postprocessing.py"),
+}
+OWN = Layout(
+    {
+        "tensorrt_llm": Model(config_pbtxt.tokens_model, "engine/tokens.py", text=False),
+        **_PROCESSING,
+        "ensemble": Model(partial(config_pbtxt.text_model, "ensemble"), "engine/text.py"),
+    },
+    "engine",
+)
 TENSORRT_LLM = Layout(
-    {"tensorrt_llm": "tensorrtllm", **_PROCESSING, "ensemble": "tensorrtllm_ensemble", "tensorrt_llm_bls": "ensemble"},
-    "bls_link.py",
+    {
+        "tensorrt_llm": Model(config_pbtxt.backend_model, None, text=False),
+        **_PROCESSING,
+        "ensemble": Model(config_pbtxt.ensemble, None, text=False),
+        "tensorrt_llm_bls": Model(partial(config_pbtxt.text_model, "tensorrt_llm_bls"), "engine/text.py"),
+    },
+    "trtllm_backend",
 )
 LAYOUTS = {"onnxruntime": OWN, "tensorrt": OWN, "tensorrt_rtx": OWN, "tensorrt_llm": TENSORRT_LLM}
 """By manifest.target.runtime. OWN: this project's scheduler around the engine. TENSORRT_LLM: the engine in TensorRT-LLM's own backend."""
 MODELS = tuple(OWN.models)
 _MOST_INSTANCES = 16
 _MOST = (1 << 31) - 1  # a count in a repository's configuration has 32 bits
-_WITH_TOKENIZER = ("preprocessing", "postprocessing", "ensemble")
 _LOG = logging.getLogger("ngpt")
 _HERE = Path(__file__).resolve().parent
-_TEMPLATES = _HERE / "templates"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _VERSION = "1"
 
@@ -59,6 +85,7 @@ def package_engine(
     allow_unverified: bool = False,
     num_slots: int = 8,
     max_queue: int = 256,
+    prefill_chunk: int | None = None,
     threads: int | None = None,
     exclude_input_in_output: bool = False,
     mount: str | None = None,
@@ -79,6 +106,8 @@ def package_engine(
         allow_unverified: package an engine whose parity verdict is missing or failed.
         num_slots: sequences that are generated at the same time (rows of the key-value cache).
         max_queue: requests that may wait for a slot; further ones are refused with UNAVAILABLE.
+        prefill_chunk: most tokens of a prompt that are read in one step, 256 if not given: fewer let others wait less. Not for engines of
+            TensorRT-LLM, whose steps were sized when they were built.
         threads: threads of the runtime; its own choice when None. Not for engines of TensorRT-LLM.
         exclude_input_in_output: leave the prompt out of unstreamed answers unless a request says otherwise
             (clients of this interface expect it to be in).
@@ -99,7 +128,8 @@ def package_engine(
         PackagingError: not a good engine folder, an engine without a passed parity verdict, bad option, disk trouble.
     """
     engine, output = Path(engine_dir), Path(output_dir).absolute()
-    for name, value in (("num_slots", num_slots), ("max_queue", max_queue), ("threads", threads)):
+    numbers = {"num_slots": num_slots, "max_queue": max_queue, "prefill_chunk": prefill_chunk, "threads": threads}
+    for name, value in numbers.items():
         if value is not None and not 1 <= value <= _MOST:
             raise PackagingError(name, expected="at least 1" if value < 1 else f"at most {_MOST}", found=str(value))
     if kv_cache_fraction is not None and not 0 < kv_cache_fraction <= 1:
@@ -111,25 +141,41 @@ def package_engine(
     text = _text_files(engine, manifest, tokenizer, eos)
     manifest = dataclasses.replace(manifest, model=dataclasses.replace(manifest.model, eos_token_ids=text.ends))
     layout = LAYOUTS[manifest.target.runtime]
-    _refuse_options_of_others(manifest, layout, threads=threads, mount=mount, kv_cache_fraction=kv_cache_fraction)
-    models = layout.models if text.tokenizer_file is not None else {"tensorrt_llm": layout.models["tensorrt_llm"]}
-    values = _values(manifest, num_slots, max_queue, threads, exclude_input_in_output)
-    values["engine_path"] = str(
-        PurePosixPath(mount or "/models") / "tensorrt_llm" / _VERSION / "engine" / _graph_folder(manifest)
+    _refuse_options_of_others(
+        manifest, layout, threads=threads, prefill_chunk=prefill_chunk, mount=mount, kv_cache_fraction=kv_cache_fraction
     )
-    values["kv_cache_fraction"] = str(0.9 if kv_cache_fraction is None else kv_cache_fraction)
+    models = layout.models if text.tokenizer_file is not None else {"tensorrt_llm": layout.models["tensorrt_llm"]}
     # Calls to another model are made one at a time in each process: several at once can hang the Python backend.
-    in_turn = layout.link == "bls_link.py"
-    values |= {"in_turn": str(in_turn).lower(), "text_instances": str(min(num_slots, _MOST_INSTANCES) if in_turn else 1)}
+    in_turn = layout is TENSORRT_LLM
+    place = PurePosixPath(mount or "/models") / "tensorrt_llm" / _VERSION / "engine" / _graph_folder(manifest)
+    settings = Settings(
+        num_slots=num_slots,
+        max_queue=max_queue,
+        prefill_chunk=PREFILL_CHUNK if prefill_chunk is None else prefill_chunk,
+        threads=threads,
+        exclude_input=exclude_input_in_output,
+        vocab_size=manifest.model.vocab_size,
+        max_length=manifest.model.max_length,
+        eos_token_ids=manifest.model.eos_token_ids,
+        pad_token_id=manifest.model.pad_token_id,
+        link=layout.link,
+        engine_path=str(place),
+        kv_cache_fraction=0.9 if kv_cache_fraction is None else kv_cache_fraction,
+        in_turn=in_turn,
+        text_instances=min(num_slots, _MOST_INSTANCES) if in_turn else 1,
+    )
     needed = sum(entry.bytes for entry in manifest.files.values())
-    with new_folder(output, needed=needed, kind=PackagingError) as partial:
-        for model in models:
-            _write_model(partial / model, model, layout, values)
-        _copy_engine(engine, manifest, partial / "tensorrt_llm" / _VERSION / "engine")
-        for model in (model for model, template in models.items() if template in _WITH_TOKENIZER):
-            place = partial / model / _VERSION / "tokenizer"
-            place.mkdir()
-            text.copy_to(place)
+    with new_folder(output, needed=needed, kind=PackagingError) as work:
+        for name, model in models.items():
+            version = work / name / _VERSION
+            version.mkdir(parents=True)
+            (work / name / "config.pbtxt").write_text(model.config(settings), encoding="utf-8")
+            if model.code is not None:
+                copy_code(version, model.code, f"{layout.link}/link.py", runtime=True)
+            if model.text:
+                (version / "tokenizer").mkdir()
+                text.copy_to(version / "tokenizer")
+        _copy_engine(engine, manifest, work / "tensorrt_llm" / _VERSION / "engine")
     return output
 
 
@@ -164,7 +210,7 @@ def _checked_manifest(engine: Path, allow_unverified: bool, num_slots: int) -> M
 
 def _refuse_options_of_others(manifest: Manifest, layout: Layout, **options: object) -> None:
     """Raise PackagingError for an option that the engine's runtime would not see."""
-    foreign = ("threads",) if layout is TENSORRT_LLM else ("mount", "kv_cache_fraction")
+    foreign = ("threads", "prefill_chunk") if layout is TENSORRT_LLM else ("mount", "kv_cache_fraction")
     for name in foreign:
         if options[name] is not None:
             raise PackagingError(
@@ -209,41 +255,24 @@ def _check_batch(engine: Path, manifest: Manifest, num_slots: int) -> None:
         )  # fmt: skip
 
 
-def _values(manifest: Manifest, num_slots: int, max_queue: int, threads: int | None, exclude_input: bool) -> dict[str, str]:
-    """What the config.pbtxt templates leave open."""
-    model = manifest.model
-    end_id = model.eos_token_ids[0] if model.eos_token_ids else -1
-    return {
-        "num_slots": str(num_slots),
-        "max_queue": str(max_queue),
-        "threads": "" if threads is None else str(threads),
-        "exclude_input_in_output": "true" if exclude_input else "false",
-        "vocab_size": str(model.vocab_size),
-        "max_length": str(model.max_length),
-        "end_id": str(end_id),
-        "eos_token_ids": ",".join(str(token) for token in model.eos_token_ids),
-        "pad_id": str(end_id if model.pad_token_id is None else model.pad_token_id),
-    }
-
-
-def _write_model(folder: Path, model: str, layout: Layout, values: dict[str, str]) -> None:
-    template, version = _TEMPLATES / layout.models[model], folder / _VERSION
-    version.mkdir(parents=True)
-    config = Template((template / "config.pbtxt").read_text(encoding="utf-8"))
-    (folder / "config.pbtxt").write_text(config.substitute(values, model=model), encoding="utf-8")
-    if not (template / "model.py").is_file():
-        return  # the backend brings its own code
-    copy_files(template, ("model.py",), version)
-    copy_files(_TEMPLATES / "common", ("serving_triton.py",), version)
-    shutil.copyfile(_TEMPLATES / "common" / layout.link, version / "engine_link.py")
-    copy_files(_HERE, ("serving_inputs.py",), version)
-    copy_runtime(version)
-
-
-def copy_runtime(version: Path) -> None:
-    """Copy engines.runtime, under the name by which the models import it."""
-    runtime = Path(engines.runtime.__file__).parent
-    shutil.copytree(runtime, version / "runtime", ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "*.txt"))
+def copy_code(version: Path, model: str, *templates: str, runtime: bool = False) -> None:
+    """What a Python model imports, under the names it has here: `model` of the templates as model.py, and those it needs beside it."""
+    shutil.copyfile(_HERE / "templates" / model, version / "model.py")
+    for name in (
+        "interface.py",
+        "serving_inputs.py",
+        *(f"templates/{name}" for name in ("shared/python_backend.py", *templates)),
+    ):
+        target = version / "triton_repo" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(_HERE / name, target)
+    if runtime:
+        source = Path(engines.runtime.__file__).parent
+        shutil.copytree(source, version / "engines" / "runtime", ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "*.txt"))
+    for package in [path.parent for path in version.rglob("*.py")]:
+        while package != version:
+            (package / "__init__.py").touch()
+            package = package.parent
 
 
 def copy_files(source: Path, names: tuple[str, ...], target: Path) -> None:

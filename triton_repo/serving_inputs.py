@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from triton_repo.interface import NGPT, Input, honoured, options
 
 Inputs = Mapping[str, NDArray[Any]]
 
@@ -23,66 +25,20 @@ class InputError(ValueError):
     """A request that cannot be served as asked; the message begins with the name of the tensor."""
 
 
-# What an option is called inside, and what the client calls it: in the tokens model and in the text model.
-TOKENS_NAMES: dict[str, str] = {
-    "max_tokens": "request_output_len",
-    "end_id": "end_id",
-    "pad_id": "pad_id",
-    "beam_width": "beam_width",
-    "num_return_sequences": "num_return_sequences",
-    "min_tokens": "min_tokens",
-    "top_k": "runtime_top_k",
-    "top_p": "runtime_top_p",
-    "temperature": "temperature",
-    "repetition_penalty": "repetition_penalty",
-    "presence_penalty": "presence_penalty",
-    "frequency_penalty": "frequency_penalty",
-    "length_penalty": "len_penalty",
-    "seed": "seed",
-    "stream": "streaming",
-    "exclude_input": "exclude_input_in_output",
-    "return_log_probs": "return_log_probs",
-    "return_context_logits": "return_context_logits",
-    "return_generation_logits": "return_generation_logits",
-    "return_num_input_tokens": "return_num_input_tokens",
-    "return_num_output_tokens": "return_num_output_tokens",
-    "return_perf_metrics": "return_perf_metrics",
+NUMPY: dict[str, type[np.generic]] = {
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "UINT64": np.uint64,
+    "FP32": np.float32,
+    "BOOL": np.bool_,
+    "STRING": np.object_,
 }
-TEXT_NAMES: dict[str, str] = {
-    **TOKENS_NAMES,
-    "max_tokens": "max_tokens",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "length_penalty": "length_penalty",
-    "stream": "stream",
-}
-# Spelled so in older TensorRT-LLM repositories, and still by genai-perf.
-OLDER_NAMES = {"min_tokens": "min_length"}
-_INT32 = ("max_tokens", "end_id", "pad_id", "beam_width", "num_return_sequences", "min_tokens", "top_k")
-_FP32 = ("top_p", "temperature", "repetition_penalty", "presence_penalty", "frequency_penalty", "length_penalty")
-OPTION_DTYPES: dict[str, type[np.generic]] = {
-    **dict.fromkeys(_INT32, np.int32),
-    **dict.fromkeys(_FP32, np.float32),
-    "seed": np.uint64,
-    **{name: np.bool_ for name in TOKENS_NAMES if name.startswith("return_") or name in ("stream", "exclude_input")},
-}
-# The values that mean something whoever serves them: what holds, how that is said, and what else there is to say.
-_RANGES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
-    "max_tokens": (lambda value: value >= 1, "at least 1", "Say how many tokens to generate."),
-    "min_tokens": (lambda value: value >= 0, "0 or more", ""),
-    "end_id": (lambda value: value >= -1, "a token id, or -1 for none", ""),
-    "beam_width": (lambda value: value >= 0, "0 or more", ""),
-    "num_return_sequences": (lambda value: value >= 0, "0 or more", ""),
-    "top_k": (lambda value: value >= 0, "0 or more", ""),
-    "top_p": (lambda value: 0.0 <= value <= 1.0, "0 to 1", ""),
-    "temperature": (lambda value: value >= 0.0, "0 or more", ""),
-    "repetition_penalty": (lambda value: value > 0.0, "more than 0", ""),
-}
+"""NumPy's types by Triton's names."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """A checked request. ``sampling`` holds keyword arguments of ``SamplingParams``; ``given`` every option as sent."""
+    """A checked request. ``sampling`` holds keyword arguments of ``SamplingParams``, neutral ones left out; ``given`` every option as sent."""
 
     sampling: dict[str, Any]
     given: dict[str, Any] = field(default_factory=dict)
@@ -105,17 +61,15 @@ def scalar(inputs: Inputs, name: str) -> Any:
     return value
 
 
-def check_range(option: str, name: str, value: Any) -> None:
-    """Raise InputError, by the tensor's name, for a value of an option that makes sense to no server."""
-    if option in _RANGES:
-        holds, expected, remedy = _RANGES[option]
-        if not holds(value):
-            raise InputError(f"{name}: expected {expected}, found {value}. {remedy}".rstrip())
+def check_range(row: Input, name: str, value: Any) -> None:
+    """Raise InputError, by the tensor's name, for a value of an input that makes sense to no server."""
+    if row.range is not None and not row.range.holds(value):
+        raise InputError(f"{name}: expected {row.range.said}, found {value}. {row.range.remedy}".rstrip())
 
 
-def option_array(option: str, name: str, value: Any) -> NDArray[Any]:
-    """The tensor [1, 1] of an option, in its dtype. Raises InputError for a value that it cannot hold as it is, or out of range."""
-    kind: np.dtype[Any] = np.dtype(OPTION_DTYPES[option])
+def option_array(row: Input, name: str, value: Any) -> NDArray[Any]:
+    """The tensor [1, 1] of an input, in its dtype. Raises InputError for a value that it cannot hold as it is, or out of range."""
+    kind: np.dtype[Any] = np.dtype(NUMPY[row.dtype()])
     number: Any
     if kind.kind == "b":
         number, good, expected = value, isinstance(value, bool | np.bool_), "True or False"
@@ -132,7 +86,7 @@ def option_array(option: str, name: str, value: Any) -> NDArray[Any]:
         good, expected = number is not None and low <= number <= high, f"a whole number from {max(low, -1)} to {high}"
     if not good:
         raise InputError(f"{name}: expected {expected}, found {_shown(value)}.")
-    check_range(option, name, number)
+    check_range(row, name, number)
     return np.asarray([[number]], kind)
 
 
@@ -147,51 +101,50 @@ def _shown(value: object) -> str:
         return f"a value of type {type(value).__name__}"
 
 
-def parse_options(inputs: Inputs, names: Mapping[str, str], vocab_size: int) -> Options:
+def parse_options(inputs: Inputs, interface: str, vocab_size: int, engine: str = NGPT) -> Options:
     """Read and check every option of a request.
 
     Args:
         inputs: tensors by name, as sent.
-        names: ``TOKENS_NAMES`` or ``TEXT_NAMES``.
+        interface: ``TOKENS`` or ``TEXT``.
         vocab_size: bound of ``end_id``.
+        engine: whose engine it is for; what another one would not do is refused.
 
     Raises:
         InputError: a value is out of range, or asks for something that is not offered.
     """
-    given = {option: value for option, name in names.items() if (value := scalar(inputs, name)) is not None}
-
-    for option, older in OLDER_NAMES.items():
-        if (value := scalar(inputs, older)) is None:
-            continue
-        if given.get(option, value) != value:
-            raise InputError(f"{older}: expected one of {older} and {names[option]}, found both ({value}, {given[option]}).")
-        given[option], names = value, {**names, option: older}
+    rows = options(interface)
+    names: dict[str, str] = {}
+    given: dict[str, Any] = {}
+    for option, row in rows.items():
+        tensor = row.of(interface)
+        assert tensor is not None  # `options` has those of the interface
+        names[option], value = tensor.name, scalar(inputs, tensor.name)
+        older = scalar(inputs, row.older) if row.older else None
+        if older is not None:
+            if value is not None and value != older:
+                raise InputError(f"{row.older}: expected one of {row.older} and {tensor.name}, found both ({older}, {value}).")
+            names[option], value = row.older, older
+        if value is not None:
+            given[option] = value
 
     def require(option: str, good: bool, expected: str, remedy: str = "") -> None:
         if not good:
             raise InputError(f"{names[option]}: expected {expected}, found {given.get(option)}. {remedy}".rstrip())
 
+    sampling: dict[str, Any] = {}
     for option, value in {"max_tokens": 0, **given}.items():
-        check_range(option, names[option], value)
-    for option in ("beam_width", "num_return_sequences"):
-        require(option, given.get(option, 1) in (0, 1), "1", "Beam search and several sequences are not supported.")
-    require("length_penalty", given.get("length_penalty", 0.0) in (0.0, 1.0), "0 or 1", "It is for beam search only.")
-    require("end_id", -1 <= given.get("end_id", -1) < vocab_size, f"a token id below {vocab_size}, or -1 for none")
+        row = rows[option]
+        check_range(row, names[option], value)
+        if row.only is not None:
+            require(option, row.only.holds(value), row.only.said, row.only.remedy)
+        if value != row.neutral and not honoured(row, engine):
+            require(option, False, f"{row.neutral}, or nothing", f"{engine} has no such input.")
+        if row.sets and value != row.neutral:
+            sampling[row.sets] = value
     most = given["max_tokens"]
-    require("min_tokens", 0 <= given.get("min_tokens", 0) <= most, f"0 to {names['max_tokens']} ({most})")
-
-    sampling: dict[str, Any] = {
-        "max_new_tokens": given["max_tokens"],
-        "logprobs": bool(given.get("return_log_probs", False)),
-        "return_context_logits": bool(given.get("return_context_logits", False)),
-        "return_generation_logits": bool(given.get("return_generation_logits", False)),
-    }
-    copied = ("temperature", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
-    sampling.update({option: given[option] for option in copied if option in given})
-    # Zero means "off" for these two in the clients this interface comes from.
-    sampling.update({option: given[option] for option in ("top_k", "top_p") if given.get(option)})
-    if "min_tokens" in given:
-        sampling["min_new_tokens"] = given["min_tokens"]
+    require("end_id", -1 <= given.get("end_id", -1) < vocab_size, f"a token id below {vocab_size}, or -1 for none")
+    require("min_tokens", given.get("min_tokens", 0) <= most, f"0 to {names['max_tokens']} ({most})")
     if given.get("end_id") == -1:
         sampling["ignore_eos"] = True
     elif "end_id" in given:

@@ -19,6 +19,7 @@ from engines.memory import total_bytes
 from engines.runtime.manifest import Manifest
 from engines.runtimes import RUNTIMES
 from engines.target import Target
+from export.network import define_network
 from export.precision import Precision
 from export.trtllm.parallel import Parallel
 from export.weights import DeployedWeights
@@ -98,7 +99,7 @@ def export_graph(
     ir, lowerings = _exporter()
     lowering = lowerings.OnnxPortable if form == "portable" else lowerings.OnnxRuntime
     lowered = lowering(weights, precision)
-    model = lowered.model(taps)
+    model = lowered.finish(define_network(lowered), taps)
     sizes = [value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None]
 
     def step(tensor: Any, info: Any) -> None:

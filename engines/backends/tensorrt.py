@@ -15,9 +15,10 @@ from engines.memory import check_fits, total_bytes
 from engines.runtime.manifest import Manifest
 from engines.runtimes import RUNTIMES
 from engines.target import Profile, Target
-from export.lowerings.spool import Spool
-from export.lowerings.tensorrt import TensorRT
-from export.lowerings.tensorrt_library import Library, load_library
+from export.lowerings.tensorrt.library import Library, load_library
+from export.lowerings.tensorrt.native import TensorRT
+from export.lowerings.tensorrt.weights_file import WeightsFile
+from export.network import define_network
 from export.precision import Precision
 from export.trtllm.parallel import Parallel
 from export.weights import DeployedWeights
@@ -93,9 +94,10 @@ def build_plan(
     """
     assert target.gpu is not None and target.profile is not None
     builder, network = library.create_network()
-    with Spool(path.parent) as spool:
+    with WeightsFile(path.parent) as scratch:
         architecture = int(target.gpu.compute_capability.replace(".", "") or 80)
-        lowering(target)(weights, library, network, spool, target.precision, progress, architecture).define(taps)
+        lowered = lowering(target)(weights, library, network, scratch, target.precision, progress, architecture)
+        lowered.finish(define_network(lowered), taps)
         config = builder.create_builder_config()
         for index in (PREFILL, DECODE):
             config.add_optimization_profile(_profile(builder, weights.spec, library, target.profile, index))
@@ -110,7 +112,7 @@ def lowering(target: Target) -> type[TensorRT]:
     """The class that defines the network of a target's form."""
     if target.form != "plugins":
         return TensorRT
-    from export.lowerings.tensorrt_plugins import TensorRTPlugins
+    from export.lowerings.tensorrt.plugins import TensorRTPlugins
 
     return TensorRTPlugins
 

@@ -11,8 +11,9 @@ from .errors import (
     RunnerError,
     ServingError,
 )
+from .events import Result, Times, TokenEvent
 from .manifest import FileEntry, Manifest, ModelInfo, TargetInfo, read_manifest, verify_files, write_manifest
-from .request import RequestHandle, Result, Times, TokenEvent
+from .request import RequestHandle
 from .runner import Runner
 from .sampling import SamplingParams
 from .scheduler import Scheduler

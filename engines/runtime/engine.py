@@ -13,15 +13,18 @@ from numpy.typing import NDArray
 
 from .compatibility import slots_for
 from .errors import ClosedError, EngineFileError, RequestError, RunnerError, ServingError
+from .events import TokenEvent
 from .manifest import Manifest, contained_path, read_manifest
 from .manifest import verify_files as check_files
-from .request import RequestHandle, TokenEvent
+from .request import RequestHandle
 from .runner import Runner, Tokens
 from .sampling import SamplingParams
 from .scheduler import Scheduler
 from .text import TOKENIZER_NAME, TextStream, Tokenizer
 
 _USUAL_SLOTS = 8
+PREFILL_CHUNK, MAX_QUEUE = 256, 1024
+"""Where nothing else is asked for: tokens of a prompt that are read in one step, and requests that may wait for a slot."""
 OpenRunner = Callable[[Path, Manifest, int, int | None], Runner]
 """(engine folder, its manifest, slots, threads or None) -> the runner, its model loaded."""
 
@@ -55,8 +58,8 @@ class Engine:
         manifest: Manifest,
         tokenizer: Tokenizer | None = None,
         *,
-        prefill_chunk: int = 256,
-        max_queue: int = 1024,
+        prefill_chunk: int = PREFILL_CHUNK,
+        max_queue: int = MAX_QUEUE,
     ) -> None:
         self.runner = runner
         self.manifest = manifest
@@ -248,7 +251,13 @@ class Engine:
 
 
 def load_engine(
-    path: str | Path, *, num_slots: int | None = None, threads: int | None = None, verify_files: bool = True
+    path: str | Path,
+    *,
+    num_slots: int | None = None,
+    threads: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+    max_queue: int = MAX_QUEUE,
+    verify_files: bool = True,
 ) -> Engine:
     """Load an engine's folder. Its manifest and its files are checked first.
 
@@ -256,6 +265,9 @@ def load_engine(
         path: the folder.
         num_slots: sequences that are worked on at a time; 8 unless given, or fewer if it was built for fewer.
         threads: CPU threads of the runtime; its own choice unless given.
+        prefill_chunk: the most tokens of a prompt that are read in one step. Other requests wait for a step: a smaller number answers
+            them sooner, a larger one reads long prompts faster.
+        max_queue: requests that may wait for a slot; further ones are refused with CapacityError.
         verify_files: compare every file's SHA-256 with the manifest's; without it the size alone.
 
     Returns:
@@ -265,17 +277,21 @@ def load_engine(
         EngineFileError: the folder, its manifest or a file of it is not what it should be.
         MissingRuntimeError: the runtime's library is not installed.
         RunnerError: the runtime refuses the engine, or this machine cannot run it.
-        RequestError: ``num_slots`` or ``threads`` is out of range.
+        RequestError: a number is out of range.
     """
-    for name, value in (("num_slots", num_slots), ("threads", threads)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+    numbers = {"num_slots": num_slots, "threads": threads, "prefill_chunk": prefill_chunk, "max_queue": max_queue}
+    for name, value in numbers.items():
+        if name in ("num_slots", "threads") and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise RequestError(name, expected="an integer of at least 1", found=repr(value))
     folder = Path(path)
     manifest = read_manifest(folder)
     check_files(folder, manifest, digests=verify_files)
     tokenizer = Tokenizer.load(contained_path(folder, TOKENIZER_NAME)) if (folder / TOKENIZER_NAME).exists() else None
     slots = slots_for(manifest, _USUAL_SLOTS) if num_slots is None else num_slots
-    return Engine(open_runner(folder, manifest, slots, threads), manifest, tokenizer)
+    runner = open_runner(folder, manifest, slots, threads)
+    return Engine(runner, manifest, tokenizer, prefill_chunk=prefill_chunk, max_queue=max_queue)
 
 
 def open_runner(folder: Path, manifest: Manifest, num_slots: int, threads: int | None = None) -> Runner:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import RequestError, RunnerError
-from .request import FinishReason
+from .events import FinishReason
 from .sampling import SamplingParams
 
 Row = NDArray[np.float32]
@@ -93,8 +93,16 @@ class Sampler:
             parts.append(np.array(completing, dtype=np.int64))
         return np.concatenate(parts)
 
-    def _draw(self, logits: Row, random: np.random.Generator) -> int:
+    def candidates(self, logits: Row) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """The tokens that can be drawn from float32 [V], and their probabilities up to a factor."""
         candidates, weights = _truncate(logits, self.params)
+        if self.params.min_p:  # the most probable token stays, whatever the share
+            kept = weights >= self.params.min_p * weights.max()
+            candidates, weights = candidates[kept], weights[kept]
+        return candidates, weights
+
+    def _draw(self, logits: Row, random: np.random.Generator) -> int:
+        candidates, weights = self.candidates(logits)
         cumulative = np.cumsum(weights)
         place = int(np.searchsorted(cumulative, random.random() * cumulative[-1], side="right"))
         # The product can round up to the very total; that belongs to the last candidate with any weight.

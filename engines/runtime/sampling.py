@@ -22,8 +22,8 @@ MAX_COUNT = (1 << 31) - 1
 class SamplingParams:
     """Options of one request.
 
-    Greedy when ``temperature`` is 0, or ``top_k`` is 1, or none of temperature, top_k, top_p is given. Otherwise
-    penalties, then temperature, then top_k, then top_p apply in that order (as in Hugging Face), and a token is
+    Greedy when ``temperature`` is 0, or ``top_k`` is 1, or none of temperature, top_k, top_p, min_p is given. Otherwise
+    penalties, then temperature, then top_k, then top_p, then min_p apply in that order (as in Hugging Face), and a token is
     drawn with a generator of the request's own, so that neighbours in the batch cannot change what it gets.
 
     Args:
@@ -31,6 +31,7 @@ class SamplingParams:
         temperature: divides the logits; 0 is greedy.
         top_k: so many of the most probable tokens are drawn from; 0 is no limit. Tokens that tie with the k-th stay.
         top_p: the most probable tokens that together have this probability are drawn from; above 0, 1 is no limit.
+        min_p: tokens with less than this share of the largest probability are not drawn (arXiv:2407.01082); 0 is no limit.
         repetition_penalty: logits of tokens in prompt or output are divided by it when positive, multiplied when negative
             (Hugging Face; CTRL paper). 1 is neutral.
         presence_penalty: subtracted once from each distinct token of the output (OpenAI). The prompt does not count. 0 is neutral.
@@ -55,6 +56,7 @@ class SamplingParams:
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -71,8 +73,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "min_new_tokens", "top_k", "seed"):
             self._set(name, _integer(name, getattr(self, name), optional=name in ("top_k", "seed")))
-        for name in ("temperature", "top_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
-            self._set(name, _number(name, getattr(self, name), optional=name in ("temperature", "top_p")))
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            self._set(name, _number(name, getattr(self, name), optional=name in ("temperature", "top_p", "min_p")))
         for name in ("ignore_eos", "logprobs", "return_context_logits", "return_generation_logits"):
             self._set(name, _boolean(name, getattr(self, name)))
         for name in ("stop_sequences", "bad_sequences"):
@@ -86,6 +88,7 @@ class SamplingParams:
         _check("temperature", self.temperature, self.temperature is None or self.temperature >= 0, "at least 0")
         _check("top_k", self.top_k, self.top_k is None or 0 <= self.top_k <= MAX_COUNT, f"0 to {MAX_COUNT} (0 is no limit)")
         _check("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1")
+        _check("min_p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "0 to 1 (0 is neutral)")
         _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0 (1 is neutral)")
         _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**64, "an unsigned 64-bit integer")
 
@@ -95,7 +98,7 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         """Whether the most probable token is always taken."""
-        given = (self.temperature, self.top_k, self.top_p) != (None, None, None)
+        given = any(value is not None for value in (self.temperature, self.top_k, self.top_p, self.min_p))
         return not given or self.temperature == 0 or self.top_k == 1
 
     @classmethod

@@ -12,7 +12,8 @@ import numpy as np
 
 from .checks import as_serving_error, as_tokens, check_room, check_shape
 from .errors import CapacityError, ClosedError, RequestError, ServingError
-from .request import FinishReason, RequestHandle, TokenEvent
+from .events import FinishReason, TokenEvent
+from .request import RequestHandle
 from .runner import Logits, Runner, Tokens
 from .sampler import Sampler
 from .sampling import SamplingParams

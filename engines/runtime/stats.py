@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .request import FinishReason
+from .events import FinishReason
 
 
 @dataclass(frozen=True)

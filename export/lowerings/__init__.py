@@ -1,1 +1,1 @@
-"""One module per runtime, each implementing the vocabulary of `base.Lowering`."""
+"""The vocabulary of the network (`base`), and a package for each runtime that implements it; TensorRT-LLM's is in `export.trtllm`."""

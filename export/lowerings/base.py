@@ -1,8 +1,12 @@
 """The vocabulary in which the network is stated, at two grains.
 
 Fine operations are what every runtime must spell. Coarse ones (`queries_keys_values`, `qk_norm`, `hypersphere_update`) are
-composed of fine ones here; a lowering overrides a coarse one exactly where its runtime has a fused form for it.
+composed of fine ones here; a lowering overrides a coarse one exactly where its runtime has a fused form for it, and the composed form
+stays: a test runs it whole in every lowering.
 `T` is the runtime's handle of a tensor. B batch, S new tokens, E hidden, H query heads, K key heads, D head channels.
+
+Heads are an axis. `split_heads` makes it, and q, k and v have it until `attention`: [B, S, heads, D]. A runtime may hold the axes in another
+order (TensorRT: heads before tokens), or B and S as one axis (TensorRT-LLM: packed tokens); nothing outside of the lowering sees it.
 """
 
 from abc import ABC, abstractmethod
@@ -44,20 +48,24 @@ class Lowering(ABC, Generic[T]):
         """x @ W.T (+ b) with `{name}.weight` [out, in] and, where the network has it, `{name}.bias` [out]."""
 
     @abstractmethod
-    def position(self, name: str, x: T, heads: int) -> T:
-        """The position code of each of `heads` heads of x [B, S, heads * D]."""
+    def split_heads(self, name: str, x: T, heads: int) -> T:
+        """x [B, S, heads * D] with heads as an axis: [B, S, heads, D]."""
+
+    @abstractmethod
+    def position(self, name: str, x: T) -> T:
+        """The position code of each head of x [B, S, heads, D]."""
 
     @abstractmethod
     def l2norm(self, name: str, x: T, eps: float = 0.0) -> T:
-        """x / (||x|| + eps) over the last axis; a zero row gives zeros."""
-
-    @abstractmethod
-    def head_norm(self, name: str, x: T, heads: int) -> T:
-        """l2norm of each of `heads` heads of x [B, S, heads * D]."""
+        """x / (||x|| + eps) over the last axis, hidden states or heads; a zero row gives zeros."""
 
     @abstractmethod
     def vector(self, weight: str) -> T:
-        """A weight vector as an operand."""
+        """A weight vector [E] as an operand of [B, S, E]."""
+
+    @abstractmethod
+    def head_vector(self, weight: str, heads: int) -> T:
+        """A weight vector [heads * D] as an operand of [B, S, heads, D]."""
 
     @abstractmethod
     def add(self, name: str, x: T, y: T) -> T:
@@ -73,23 +81,26 @@ class Lowering(ABC, Generic[T]):
 
     @abstractmethod
     def activation(self, name: str, kind: str, x: T) -> T:
-        """relu2, relu, silu, gelu or gelu_tanh, elementwise."""
+        """relu2, relu, silu, gelu or gelu_tanh, elementwise. Raises UnsupportedError for another `kind`."""
 
     @abstractmethod
     def attention(self, name: str, layer: int, q: T, k: T, v: T, scale: float) -> T:
-        """softmax(scale * q k^T + causal mask) v over the cache of `layer`, which k and v are appended to: [B, S, H * D]."""
+        """softmax(scale * q k^T + causal mask) v over the cache of `layer`, which k and v are appended to.
+
+        q [B, S, H, D], k and v [B, S, K, D] -> [B, S, H * D], the heads side by side as `linear` takes them.
+        """
 
     def qk_norm(self, name: str, q: T, k: T) -> tuple[T, T]:
-        """Position code, per-head l2 norm, then sqk**2 on q alone. The order matters: sqk does not commute with the code."""
-        heads, keys = self.spec.num_heads, self.spec.num_kv_heads
-        q = self.head_norm(f"{name}.q_norm", self.position(f"{name}.q_rope", q, heads), heads)
-        k = self.head_norm(f"{name}.k_norm", self.position(f"{name}.k_rope", k, keys), keys)
-        return self.mul(f"{name}.q_scaled", q, self.vector(f"{name}.q_scale")), k
+        """Position code, l2 norm of each head, then sqk**2 on q alone. The order matters: sqk does not commute with the code."""
+        q = self.l2norm(f"{name}.q_norm", self.position(f"{name}.q_rope", q))
+        k = self.l2norm(f"{name}.k_norm", self.position(f"{name}.k_rope", k))
+        return self.mul(f"{name}.q_scaled", q, self.head_vector(f"{name}.q_scale", self.spec.num_heads)), k
 
     def queries_keys_values(self, name: str, h: T) -> tuple[T, T, T]:
-        """h [B, S, E] -> q [B, S, H * D], k and v [B, S, K * D], ready for `attention`."""
-        q, k = self.qk_norm(name, self.linear(f"{name}.q", h), self.linear(f"{name}.k", h))
-        return q, k, self.linear(f"{name}.v", h)
+        """h [B, S, E] -> q [B, S, H, D], k and v [B, S, K, D], ready for `attention`."""
+        heads = {"q": self.spec.num_heads, "k": self.spec.num_kv_heads, "v": self.spec.num_kv_heads}
+        q, k, v = (self.split_heads(f"{name}.{part}_heads", self.linear(f"{name}.{part}", h), n) for part, n in heads.items())
+        return *self.qk_norm(name, q, k), v
 
     def hypersphere_update(self, name: str, h: T, x: T, rate: str, eps: float) -> T:
         """norm(h + rate * (norm(x, eps) - h)) (paper eq. 10 and 11)."""

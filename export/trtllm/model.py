@@ -1,4 +1,4 @@
-"""`NGPTForCausalLM` for TensorRT-LLM 1.2's engine flow: modules that hold a rank's weights, and a forward that runs the trace.
+"""`NGPTForCausalLM` for TensorRT-LLM 1.2's engine flow: modules that hold a rank's weights, and a forward that states the network.
 
     trtllm-build --checkpoint_dir DIR --model_cls_file export/trtllm/model_file.py --model_cls_name NGPTForCausalLM ...
 
@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
-from export.lowerings.tensorrt_llm import Inputs, TensorRTLLM, TensorRTLLMKernels
-from export.network import trace
+from export.network import define_network
 from export.trtllm.config import ARCHITECTURE, spec_from
+from export.trtllm.lowering import Inputs, TensorRTLLM, TensorRTLLMKernels
 from ngpt.errors import MissingPackageError, UnsupportedError
 
 try:
@@ -147,7 +147,7 @@ class NGPTForCausalLM(PretrainedModel):
             if kernels is None
             else TensorRTLLMKernels(functional, self, inputs, default_trtnet(), kernels)
         )
-        out = trace(lowering)
+        out = define_network(lowering)
         if self.config.mapping.is_last_pp_rank():
             out.mark_output("logits", self.config.logits_dtype)
         else:

@@ -175,6 +175,10 @@ class NGPTMLP(nn.Module):
             return torch.relu(x).square()
         if self.kind in ("gelu", "gelu_tanh"):
             return nn.functional.gelu(x, approximate="tanh" if self.kind == "gelu_tanh" else "none")
+        if self.kind not in ("relu", "silu"):
+            raise UnsupportedError(
+                "activation in TensorRT-LLM's PyTorch flow", expected="relu2, relu, silu, gelu, gelu_tanh", found=self.kind
+            )
         return torch.relu(x) if self.kind == "relu" else nn.functional.silu(x)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from ngpt.errors import PackagingError
 from scripts.commands.options import Command, add_text, port, positive
 from scripts.terminal import harmless
+from triton_repo.interface import TEXT, Input, options
 
 
 def add_package(command: Command) -> None:
@@ -21,6 +22,10 @@ def add_package(command: Command) -> None:
     package.add_argument("--output", type=Path, required=True, help="model repository to make; must not exist")
     add_text(package)
     package.add_argument("--slots", type=positive, default=8, help="sequences generated at once")
+    package.add_argument("--max-queue", type=positive, default=256, help="requests that may wait for a slot; more are refused")
+    package.add_argument(
+        "--prefill-chunk", type=positive, help="most tokens of a prompt that are read in one step; 256 if not given"
+    )
     package.add_argument("--threads", type=positive, help="threads of the runtime; its own choice if not given")
     package.add_argument("--mount", help="TensorRT-LLM engines: path of the repository where it is served; /models if not given")
     package.add_argument(
@@ -49,10 +54,10 @@ def add_generate(command: Command) -> None:
     where.add_argument("--url", default="127.0.0.1:8001", help="host:port of the server's gRPC endpoint")
     where.add_argument("--engine", type=Path, help="engine folder, run in this process")
     generate.add_argument("--max-tokens", type=int, default=64, help="most tokens to generate")
-    generate.add_argument("--temperature", type=float, help="sample at this temperature; greedy if no sampling option is given")
-    generate.add_argument("--top-k", type=int, help="sample among so many most probable tokens")
-    generate.add_argument("--top-p", type=float, help="sample among the most probable tokens that have this probability together")
-    generate.add_argument("--seed", type=int, help="of the random numbers: the same one gives the same text")
+    sampling = generate.add_argument_group("sampling", "Greedy, unless one of temperature, top-k, top-p and min-p is given.")
+    for row in _sampling():
+        kind = float if row.dtype() == "FP32" else int
+        sampling.add_argument(f"--{row.option.replace('_', '-')}", type=kind, metavar="N", help=row.about)
 
 
 def _package(args: argparse.Namespace) -> int:
@@ -61,7 +66,7 @@ def _package(args: argparse.Namespace) -> int:
     if a_checkpoint and not (args.engine / "manifest.json").is_file():
         from triton_repo.llmapi import package_checkpoint
 
-        _refuse(args, "of an engine", "threads", "mount")
+        _refuse(args, "of an engine", "threads", "mount", "prefill_chunk")
         package_checkpoint(
             args.engine, args.output, allow_unverified=args.allow_unverified, num_slots=args.slots, modules=args.module,
             tensor_parallel=args.tp or 1, kv_cache_fraction=args.kv_cache_fraction, tokenizer=args.tokenizer, eos=args.eos,
@@ -72,9 +77,18 @@ def _package(args: argparse.Namespace) -> int:
 
     _refuse(args, "of a checkpoint", "tp", "module")
     package_engine(
-        args.engine, args.output, allow_unverified=args.allow_unverified, num_slots=args.slots, threads=args.threads,
-        mount=args.mount, kv_cache_fraction=args.kv_cache_fraction, tokenizer=args.tokenizer, eos=args.eos,
-    )  # fmt: skip
+        args.engine,
+        args.output,
+        allow_unverified=args.allow_unverified,
+        num_slots=args.slots,
+        max_queue=args.max_queue,
+        prefill_chunk=args.prefill_chunk,
+        threads=args.threads,
+        mount=args.mount,
+        kv_cache_fraction=args.kv_cache_fraction,
+        tokenizer=args.tokenizer,
+        eos=args.eos,
+    )
     where = (
         "in the vendor's container: docs/serving.md"
         if (args.output / "tensorrt_llm_bls").is_dir()
@@ -109,18 +123,26 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    options = {k: v for k in ("temperature", "top_k", "top_p", "seed") if (v := getattr(args, k)) is not None}
-    _check(args.max_tokens, options)  # before gigabytes are read, or anything is sent
+    given = {row: value for row in _sampling() if (value := getattr(args, row.option)) is not None}
+    params = {row.sets: value for row, value in given.items()}
+    _check(args.max_tokens, params)  # before gigabytes are read, or anything is sent
     if args.engine is not None:
         from engines import load_engine
 
         with load_engine(args.engine) as engine:
-            _stream(engine.stream_text(args.prompt, max_new_tokens=args.max_tokens, **options))
+            _stream(engine.stream_text(args.prompt, max_new_tokens=args.max_tokens, **params))
     else:
         from triton_repo.client import stream_text
 
-        _stream(stream_text(args.url, args.prompt, max_tokens=args.max_tokens, **options))
+        asked = {row.option: value for row, value in given.items()}
+        _stream(stream_text(args.url, args.prompt, max_tokens=args.max_tokens, **asked))
     return 0
+
+
+def _sampling() -> list[Input]:
+    """The options of the request interface that choose tokens."""
+    rows = options(TEXT).values()
+    return [row for row in rows if row.sets and not row.asks and row.option != "max_tokens"]
 
 
 def _check(max_tokens: int, options: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import pytest
 from engines.runtime.errors import CapacityError
 from engines.runtime.onnx_runner import OnnxRunner
 from export.lowerings.onnx import OnnxPortable, OnnxRuntime
+from export.network import define_network
 from export.weights import DeployedWeights
 from ngpt.checkpoint import open_checkpoint
 from ngpt.weights import Weights
@@ -22,7 +23,8 @@ NOISE = 2e-5
 def runner(request, tmp_path):
     lowering = OnnxRuntime if request.param == "in-place" else OnnxPortable
     with open_checkpoint(Golden("gqa").folder) as checkpoint:
-        ir.save(lowering(DeployedWeights(Weights(checkpoint))).model(), tmp_path / "model.onnx")
+        ops = lowering(DeployedWeights(Weights(checkpoint)))
+        ir.save(ops.finish(define_network(ops)), tmp_path / "model.onnx")
         spec = checkpoint.spec
     model = SimpleNamespace(
         vocab_size=spec.vocab_size, max_length=spec.max_length, num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads,

@@ -7,9 +7,10 @@ import pytest
 from engines.backends.tensorrt import DECODE, PREFILL, build_plan
 from engines.build import build_engine
 from engines.target import Gpu, Profile, Target, load_target, target_names
-from export.lowerings import tensorrt_plugins
 from export.lowerings.onnx import OnnxPortable
-from export.lowerings.tensorrt_library import load_library
+from export.lowerings.tensorrt import plugins as tensorrt_plugins
+from export.lowerings.tensorrt.library import load_library
+from export.network import define_network
 from export.precision import TENSORRT
 from export.weights import DeployedWeights
 from ngpt.checkpoint import open_checkpoint
@@ -142,7 +143,8 @@ def test_the_portable_onnx_graph_goes_through_tensorrts_parser(case, library, tm
     import onnx_ir as ir
 
     with open_checkpoint(Golden(case).folder) as checkpoint:
-        ir.save(OnnxPortable(DeployedWeights(Weights(checkpoint))).model(), tmp_path / "model.onnx")
+        ops = OnnxPortable(DeployedWeights(Weights(checkpoint)))
+        ir.save(ops.finish(define_network(ops)), tmp_path / "model.onnx")
         layers = checkpoint.spec.num_layers
     builder, network = library.create_network()
     parser = library.trt.OnnxParser(network, library.log)

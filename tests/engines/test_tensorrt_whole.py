@@ -13,7 +13,7 @@ import pytest
 from engines import load_engine
 from engines.build import build_engine, verify_folder
 from engines.runtime.manifest import read_manifest, write_manifest
-from export.lowerings.tensorrt_library import load_library
+from export.lowerings.tensorrt.library import load_library
 from export.precision import TENSORRT
 from ngpt.checkpoint import open_checkpoint
 from tests.conftest import GOLDEN, Golden

@@ -4,8 +4,9 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from export.lowerings.spool import Spool
-from export.lowerings.tensorrt import TensorRT
+from export.lowerings.tensorrt.native import TensorRT
+from export.lowerings.tensorrt.weights_file import WeightsFile
+from export.network import define_network
 from export.precision import TENSORRT
 from export.weights import DeployedWeights
 from ngpt.checkpoint import open_checkpoint
@@ -17,16 +18,17 @@ OLD_FEATURES = ("has_cache_update", "has_rotary", "has_attention", "has_lengths"
 
 
 class Network(ExitStack):
-    """`builder`, `network`, `spec`, `weights`; a context manager, for the network refers to the checkpoint and the spool."""
+    """`builder`, `network`, `spec`, `weights`; a context manager, for the network refers to the checkpoint and the file of its weights."""
 
     def __init__(self, folder, library, precision="fp32", taps=(), lowering=TensorRT, instead=None):
         super().__init__()
         self.checkpoint = self.enter_context(open_checkpoint(folder))
-        spool = self.enter_context(Spool())
+        scratch = self.enter_context(WeightsFile())
         self.library, self.spec, self.precision = library, self.checkpoint.spec, precision
         self.builder, network = library.create_network()
         self.weights = DeployedWeights(Weights(self.checkpoint), arithmetic=TENSORRT[precision].arithmetic)
-        self.network = lowering(self.weights, library, network, spool, TENSORRT[precision]).define(taps)
+        ops = lowering(self.weights, library, network, scratch, TENSORRT[precision])
+        self.network = ops.finish(define_network(ops), taps)
         self.evaluate = Evaluator(library.trt, self.network, instead)
 
     def empty(self, rows):

@@ -7,6 +7,7 @@ import onnxruntime as ort
 import pytest
 
 from export.lowerings.onnx import OnnxPortable, OnnxRuntime
+from export.network import define_network
 from export.precision import ONNX_RUNTIME
 from export.weights import DeployedWeights
 from ngpt.checkpoint import open_checkpoint
@@ -18,7 +19,8 @@ LOGIT_ERROR = 2e-5
 def export(case, lowering, path, precision="fp32", taps=()):
     with open_checkpoint(case.folder) as checkpoint:
         weights = DeployedWeights(Weights(checkpoint), arithmetic=ONNX_RUNTIME[precision].arithmetic)
-        ir.save(lowering(weights, ONNX_RUNTIME[precision]).model(taps), path)
+        ops = lowering(weights, ONNX_RUNTIME[precision])
+        ir.save(ops.finish(define_network(ops), taps), path)
         return checkpoint.spec
 
 

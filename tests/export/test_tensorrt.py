@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from export.lowerings.spool import Spool
-from export.lowerings.tensorrt import TensorRT
-from export.lowerings.tensorrt_library import load_library
+from export.lowerings.tensorrt.library import load_library
+from export.lowerings.tensorrt.native import TensorRT
+from export.lowerings.tensorrt.weights_file import WeightsFile
+from export.network import define_network
 from export.precision import ROW, TENSORRT, Format
 from export.weights import DeployedWeights
 from ngpt.checkpoint import open_checkpoint
@@ -193,32 +194,32 @@ class Wrong(TensorRT):
 )
 def test_mistakes_are_reported_where_they_are_made(library, mistake, where):
     _, network = library.create_network()
-    with open_checkpoint(GOLDEN / "gqa") as checkpoint, Spool() as spool:
-        wrong = Wrong(DeployedWeights(Weights(checkpoint)), library, network, spool, TENSORRT["fp16"])
+    with open_checkpoint(GOLDEN / "gqa") as checkpoint, WeightsFile() as scratch:
+        wrong = Wrong(DeployedWeights(Weights(checkpoint)), library, network, scratch, TENSORRT["fp16"])
         wrong.mistake = mistake
         with pytest.raises(BuildError, match=rf"tensorrt_rtx refuses the layer ({where})") as error:
-            wrong.define()
+            define_network(wrong)
     assert error.value.found
 
 
 def test_an_unknown_format_and_a_missing_type_are_refused_by_name(library):
     _, network = library.create_network()
-    with open_checkpoint(GOLDEN / "gqa") as checkpoint, Spool() as spool:
+    with open_checkpoint(GOLDEN / "gqa") as checkpoint, WeightsFile() as scratch:
         weights = DeployedWeights(Weights(checkpoint))
         strange = dataclasses.replace(TENSORRT["fp8"], projections=Format("float8_e4m3", ROW, "float16"), name="strange")
         object.__setattr__(strange.projections, "code", "int3")
         with pytest.raises(UnsupportedError, match="no data type int3"):
-            TensorRT(weights, library, network, spool, strange)
+            TensorRT(weights, library, network, scratch, strange)
     with pytest.raises(UnsupportedError, match="no data type fp3"):
         library.dtype("fp3")
     with pytest.raises(UnsupportedError, match=r"SM90.*SM120"):
         library.compute_capability("9.0")
 
 
-def test_a_spool_keeps_values_and_gives_its_disk_back(tmp_path):
+def test_a_weights_file_keeps_values_and_gives_its_disk_back(tmp_path):
     small, large = np.arange(5, dtype=np.float32), np.random.default_rng(0).standard_normal((300, 301)).astype(np.float16)
-    with Spool(tmp_path) as spool:
-        kept = [spool.add(small), spool.add(large), spool.add(large + 1)]
+    with WeightsFile(tmp_path) as scratch:
+        kept = [scratch.add(small), scratch.add(large), scratch.add(large + 1)]
         del small
         assert isinstance(kept[1].base, np.memmap) or isinstance(kept[1], np.memmap)
         np.testing.assert_array_equal(kept[1], large)

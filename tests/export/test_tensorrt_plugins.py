@@ -8,9 +8,9 @@ from functools import partial
 import numpy as np
 import pytest
 
-from export.lowerings import tensorrt_plugins
-from export.lowerings.tensorrt_library import load_library
-from export.lowerings.tensorrt_plugins import TensorRTPlugins
+from export.lowerings.tensorrt import plugins as tensorrt_plugins
+from export.lowerings.tensorrt.library import load_library
+from export.lowerings.tensorrt.plugins import TensorRTPlugins
 from export.plugins.kernels import HypersphereUpdate, QKNorm
 from ngpt.checkpoint import open_checkpoint
 from tests.conftest import ALL_CASES, GOLDEN, Golden

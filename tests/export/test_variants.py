@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from export.lowerings.onnx import OnnxPortable, OnnxRuntime
-from export.lowerings.tensorrt_library import load_library
+from export.lowerings.tensorrt.library import load_library
 from ngpt import NGPTConfig, NGPTForCausalLM
 from tests.export.tensorrt_network import OLD_FEATURES, Network
 from tests.export.test_onnx import export, feeds, session

@@ -8,7 +8,7 @@ import torch
 from engines import build
 from engines.runtime import tensorrt_runner
 from engines.runtime.manifest import read_manifest
-from export.lowerings.tensorrt_library import load_library
+from export.lowerings.tensorrt.library import load_library
 from scripts.gpu import machine, rtx
 from scripts.gpu.report import Unavailable
 from tests.conftest import GOLDEN

@@ -110,7 +110,7 @@ def test_greedy_settings(options: dict[str, Any]) -> None:
     assert generate([3, 4], max_new_tokens=9, **options) == generate([3, 4], max_new_tokens=9)
 
 
-@pytest.mark.parametrize("options", [{"temperature": 1.0}, {"top_k": 5}, {"top_p": 0.9}, {"top_k": 0}])
+@pytest.mark.parametrize("options", [{"temperature": 1.0}, {"top_k": 5}, {"top_p": 0.9}, {"top_k": 0}, {"min_p": 0.01}])
 def test_sampled_settings(options: dict[str, Any]) -> None:
     assert not SamplingParams(**options).greedy
 
@@ -129,6 +129,10 @@ LOGITS = np.log(np.array([0.5, 0.25, 0.125, 0.0625, 0.0625], np.float32))
         ({"top_p": 0.7}, [2 / 3, 1 / 3, 0, 0, 0]),
         ({"top_p": 0.8}, [4 / 7, 2 / 7, 1 / 7, 0, 0]),
         ({"top_p": 0.01}, [1, 0, 0, 0, 0]),
+        ({"min_p": 0.49}, [2 / 3, 1 / 3, 0, 0, 0]),
+        ({"min_p": 0.51}, [1, 0, 0, 0, 0]),
+        ({"min_p": 0.2, "top_k": 2}, [2 / 3, 1 / 3, 0, 0, 0]),
+        ({"min_p": 0.2, "top_p": 0.8}, [4 / 7, 2 / 7, 1 / 7, 0, 0]),
         ({"top_k": 3, "top_p": 0.6}, [2 / 3, 1 / 3, 0, 0, 0]),
     ],
 )
@@ -170,6 +174,9 @@ def test_logprobs_are_the_models_own() -> None:
         ({"top_k": 1.5}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"min_p": "a"}, "min_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"repetition_penalty": math.inf}, "repetition_penalty"),
         ({"presence_penalty": math.nan}, "presence_penalty"),
@@ -299,3 +306,30 @@ def test_a_large_vocabulary_is_fast() -> None:
             sampler.sample(logits)
             times.append(time.perf_counter() - start)
         assert min(times) < limit
+
+
+@pytest.mark.parametrize("min_p", [0.0, 0.01, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize(("top_k", "top_p", "temperature"), [(0, 1.0, 1.0), (20, 1.0, 0.7), (0, 0.8, 1.5), (30, 0.9, 2.0)])
+def test_min_p_keeps_the_tokens_that_transformers_keeps_with_their_probabilities(
+    min_p: float, top_k: int, top_p: float, temperature: float
+) -> None:
+    """Hugging Face's own warpers, in the order in which its generate applies them."""
+    torch = pytest.importorskip("torch")
+    from transformers.generation import logits_process as theirs
+
+    logits = np.random.default_rng(3).standard_normal(64).astype(np.float32) * 2
+    warpers = [theirs.TemperatureLogitsWarper(temperature)]
+    warpers += [theirs.TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [theirs.TopPLogitsWarper(top_p)] if top_p < 1 else []
+    warpers += [theirs.MinPLogitsWarper(min_p)]
+    scores = torch.from_numpy(logits)[None]
+    for warper in warpers:
+        scores = warper(None, scores)
+    expected = torch.softmax(scores.double(), -1)[0].numpy()
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=1)
+    found = np.zeros(64)
+    sampler = Sampler(params, [0], 64)
+    ids, weights = sampler.candidates(logits)
+    found[ids] = weights / weights.sum()
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert min_p == 0 or (found > 0).sum() < 64

@@ -9,7 +9,8 @@ import pytest
 from engines.runtime import RequestError, SamplingParams
 from ngpt.errors import MissingPackageError, ServerError
 from triton_repo.client import RequestRefused, check_url, generate_text, generate_tokens, stream_text
-from triton_repo.serving_inputs import OPTION_DTYPES, InputError, option_array
+from triton_repo.interface import TEXT, options
+from triton_repo.serving_inputs import NUMPY, InputError, option_array
 
 CLOSED = "127.0.0.1:1"
 
@@ -46,18 +47,21 @@ def test_a_value_that_makes_no_sense_or_does_not_fit_is_refused_before_it_is_sen
         assert caught.value.status == "INVALID_ARGUMENT" and len(str(caught.value)) < 400
 
 
+ROWS = options(TEXT)
+
+
 @pytest.mark.parametrize("option", GOOD)
 def test_every_value_that_fits_is_sent_as_it_is(option):
     for value in GOOD[option]:
-        array = option_array(option, option, value)
-        assert array.dtype == OPTION_DTYPES[option] and array.shape == (1, 1)
+        array = option_array(ROWS[option], option, value)
+        assert array.dtype == NUMPY[ROWS[option].dtype()] and array.shape == (1, 1)
         assert array.item() == pytest.approx(value, rel=1e-6)
 
 
 def test_client_and_sampler_agree_on_what_makes_sense():
     names = {
         "max_tokens": "max_new_tokens",
-        **{name: name for name in ("top_k", "top_p", "temperature", "repetition_penalty", "seed")},
+        **{name: name for name in ("top_k", "top_p", "min_p", "temperature", "repetition_penalty", "seed")},
     }
     probes = [-(2**40), -1, -0.5, 0, 0.5, 1, 1.5, 2, 2**31 - 1, 2**31, 2**64 - 1, 2**64, float("nan"), float("inf")]
     for option, sampled in names.items():
@@ -65,7 +69,10 @@ def test_client_and_sampler_agree_on_what_makes_sense():
             if option == "top_p" and value == 0:  # clients of this interface say "off" with it
                 continue
             answers = []
-            for check in (lambda v=value, o=option: option_array(o, o, v), lambda v=value, s=sampled: SamplingParams(**{s: v})):
+            for check in (
+                lambda v=value, o=option: option_array(ROWS[o], o, v),
+                lambda v=value, s=sampled: SamplingParams(**{s: v}),
+            ):
                 try:
                     check()
                     answers.append(True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from triton_repo.interface import TEXT, TOKENS
 from triton_repo.serving_inputs import (
-    TEXT_NAMES,
-    TOKENS_NAMES,
     InputError,
     parse_options,
     prompt_tokens,
@@ -23,6 +22,10 @@ NEUTRAL = {
     "length_penalty": 1.0,
     "top_k": 0,
     "top_p": 0.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "return_context_logits": False,
     "min_tokens": 0,
     "return_log_probs": False,
 }
@@ -33,21 +36,18 @@ def tensors(**values):
 
 
 def test_neutral_values_ask_for_nothing():
-    plain = parse_options(tensors(max_tokens=5), TEXT_NAMES, 100)
-    assert parse_options(tensors(max_tokens=5, **NEUTRAL), TEXT_NAMES, 100).sampling == {
-        **plain.sampling,
-        "min_new_tokens": 0,
-    }
+    plain = parse_options(tensors(max_tokens=5), TEXT, 100)
+    assert parse_options(tensors(max_tokens=5, **NEUTRAL), TEXT, 100).sampling == plain.sampling == {"max_new_tokens": 5}
 
 
 def test_the_older_name_of_min_tokens_is_taken_too():
-    new = parse_options(tensors(max_tokens=9, min_tokens=4), TEXT_NAMES, 100)
-    assert parse_options(tensors(max_tokens=9, min_length=4), TEXT_NAMES, 100) == new
-    assert parse_options(tensors(max_tokens=9, min_length=4, min_tokens=4), TEXT_NAMES, 100) == new
+    new = parse_options(tensors(max_tokens=9, min_tokens=4), TEXT, 100)
+    assert parse_options(tensors(max_tokens=9, min_length=4), TEXT, 100) == new
+    assert parse_options(tensors(max_tokens=9, min_length=4, min_tokens=4), TEXT, 100) == new
     with pytest.raises(InputError, match=r"min_length: expected 0 to max_tokens \(9\), found 10"):
-        parse_options(tensors(max_tokens=9, min_length=10), TEXT_NAMES, 100)
+        parse_options(tensors(max_tokens=9, min_length=10), TEXT, 100)
     with pytest.raises(InputError, match=r"min_length: expected one of min_length and min_tokens, found both \(4, 5\)"):
-        parse_options(tensors(max_tokens=9, min_length=4, min_tokens=5), TEXT_NAMES, 100)
+        parse_options(tensors(max_tokens=9, min_length=4, min_tokens=5), TEXT, 100)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,8 @@ def test_the_older_name_of_min_tokens_is_taken_too():
         ("len_penalty", 2.0),
         ("runtime_top_k", -1),
         ("runtime_top_p", 1.5),
+        ("min_p", 1.01),
+        ("min_p", -0.1),
         ("temperature", -0.1),
         ("temperature", float("nan")),
         ("repetition_penalty", 0.0),
@@ -70,19 +72,19 @@ def test_the_older_name_of_min_tokens_is_taken_too():
 )
 def test_what_cannot_be_served_is_refused_by_the_clients_own_name(name, value):
     with pytest.raises(InputError, match=f"^{name}: "):
-        parse_options(tensors(**{"request_output_len": 4, name: value}), TOKENS_NAMES, 100)
+        parse_options(tensors(**{"request_output_len": 4, name: value}), TOKENS, 100)
 
 
 def test_missing_length_and_several_values_are_refused():
     with pytest.raises(InputError, match="^max_tokens: "):
-        parse_options({}, TEXT_NAMES, 100)
+        parse_options({}, TEXT, 100)
     with pytest.raises(InputError, match="^top_k: .*one value"):
-        parse_options({**tensors(max_tokens=1), "top_k": np.ones((1, 2), np.int32)}, TEXT_NAMES, 100)
+        parse_options({**tensors(max_tokens=1), "top_k": np.ones((1, 2), np.int32)}, TEXT, 100)
 
 
 def test_end_id():
-    assert parse_options(tensors(max_tokens=1, end_id=7), TEXT_NAMES, 100).sampling["eos_token_ids"] == (7,)
-    assert parse_options(tensors(max_tokens=1, end_id=-1), TEXT_NAMES, 100).sampling["ignore_eos"] is True
+    assert parse_options(tensors(max_tokens=1, end_id=7), TEXT, 100).sampling["eos_token_ids"] == (7,)
+    assert parse_options(tensors(max_tokens=1, end_id=-1), TEXT, 100).sampling["ignore_eos"] is True
 
 
 @pytest.mark.parametrize("sequences", [(), ((1,),), ((1, 2, 3), (4,)), ((5, 6), (7, 8), (9,))])

@@ -27,7 +27,7 @@ TEXT_INPUTS = {
     **{
         name: ("FP32", [1], True)
         for name in (
-            "top_p", "temperature", "length_penalty", "repetition_penalty", "presence_penalty", "frequency_penalty",
+            "top_p", "min_p", "temperature", "length_penalty", "repetition_penalty", "presence_penalty", "frequency_penalty",
         )
     },
     "seed": ("UINT64", [1], True),

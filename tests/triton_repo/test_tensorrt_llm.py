@@ -93,9 +93,9 @@ def test_the_engine_goes_to_tensorrt_llms_backend(trtllm_repository):
 
 
 def test_its_tensors_are_those_of_our_tokens_model(trtllm_repository, repository):
-    """Only `min_length`, which the backend does not know, is missing; scalars lose their second dimension on the way in."""
+    """Only those that the backend does not know are missing; scalars lose their second dimension on the way in."""
     theirs, ours = config_of(trtllm_repository, "tensorrt_llm"), config_of(repository, "tensorrt_llm")
-    assert described(theirs.input) == {k: v for k, v in described(ours.input).items() if k != "min_length"}
+    assert described(theirs.input) == {k: v for k, v in described(ours.input).items() if k not in ("min_length", "min_p")}
     assert described(theirs.output, optional=False) == described(ours.output, optional=False)
     for tensor in theirs.input:
         scalar = list(tensor.dims) == [1]
@@ -113,17 +113,25 @@ def test_the_other_models_are_those_that_onnx_engines_get(trtllm_repository, rep
     assert parameters(config)["in_turn"] == "true" and config.instance_group[0].count == SLOTS
     ours = config_of(repository, "ensemble")
     assert parameters(ours)["in_turn"] == "false" and ours.instance_group[0].count == 1
-    for own in ("model.py", "serving_inputs.py", "serving_triton.py"):
-        mine, its = repository / "ensemble" / "1" / own, trtllm_repository / BLS / "1" / own
-        assert its.read_bytes() == mine.read_bytes()
-    link = trtllm_repository / BLS / "1" / "engine_link.py"
-    assert link.read_bytes() == (ROOT / "triton_repo" / "templates" / "common" / "bls_link.py").read_bytes()
+    mine, its = repository / "ensemble" / "1", trtllm_repository / BLS / "1"
+    links = {
+        Path(f"triton_repo/templates/{folder}/{name}.py")
+        for folder in ("engine", "trtllm_backend")
+        for name in ("link", "__init__")
+    }
+    files = {path.relative_to(mine) for path in mine.rglob("*.py")} - links
+    assert files == {path.relative_to(its) for path in its.rglob("*.py")} - links and Path("model.py") in files
+    for name in files:
+        assert (its / name).read_bytes() == (mine / name).read_bytes()
+    link = its / "triton_repo" / "templates" / "trtllm_backend" / "link.py"
+    assert link.read_bytes() == (ROOT / "triton_repo" / "templates" / "trtllm_backend" / "link.py").read_bytes()
+    assert parameters(config)["engine"] == "trtllm_backend" and parameters(ours)["engine"] == "engine"
 
 
 def test_the_ensemble_joins_tensors_of_equal_kinds(trtllm_repository, repository):
     config, ours = config_of(trtllm_repository, "ensemble"), config_of(repository, "ensemble")
     assert config.platform == "ensemble" and not config.backend
-    assert described(config.input) == {k: v for k, v in described(ours.input).items() if k != "min_length"}
+    assert described(config.input) == {k: v for k, v in described(ours.input).items() if k not in ("min_length", "min_p")}
     assert described(config.output, optional=False) == described(ours.output, optional=False)
     kinds = {name: kind[0] for name, kind in described(config.input).items()}
     for step in config.ensemble_scheduling.step:
@@ -195,6 +203,15 @@ def test_stop_words_and_everything_that_can_be_returned(stood_in, served):
 def test_refusals_keep_their_words(stood_in, model):
     with pytest.raises(RequestRefused, match="beam_width: expected 1, found 3"):
         generate_text(stood_in.url, PROMPT, max_tokens=4, beam_width=3, model=model)
+
+
+@pytest.mark.parametrize("model", TEXT_MODELS)
+def test_what_the_backend_has_no_input_for_is_refused_by_name(stood_in, served, model):
+    with pytest.raises(RequestRefused, match="min_p"):
+        generate_text(stood_in.url, PROMPT, max_tokens=4, min_p=0.1, temperature=1.0, seed=1, model=model)
+    assert generate_text(served.url, PROMPT, max_tokens=4, min_p=1.0, temperature=9.0, seed=1) == generate_text(
+        served.url, PROMPT, max_tokens=4
+    )  # our own engine does it: what has the largest probability alone is left
 
 
 def test_a_closed_stream_stops_the_request_in_the_tokens_model(stood_in):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from export.lowerings.tensorrt_llm import TensorRTLLM
+from export.trtllm.lowering import TensorRTLLM
 from export.trtllm.parallel import Parallel
 from ngpt.errors import UnsupportedError
 from tests.conftest import GOLDEN, Golden
@@ -122,7 +122,10 @@ def usual_softmax_scale(monkeypatch):
 
 
 def no_head_norm(monkeypatch):
-    monkeypatch.setattr(TensorRTLLM, "head_norm", lambda self, name, x, heads: x)
+    real = TensorRTLLM.l2norm
+    monkeypatch.setattr(
+        TensorRTLLM, "l2norm", lambda self, name, x, eps=0.0: x if name.endswith("_norm") else real(self, name, x, eps)
+    )
 
 
 def bias_on_every_rank(monkeypatch):

@@ -1,0 +1,68 @@
+#!/usr/bin/env python3
+"""Print the table of request options in docs/serving.md, from `triton_repo.interface`, or put it there.
+
+python scripts/interface_table.py            # print
+python scripts/interface_table.py --write    # replace the part of docs/serving.md between its two markers
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from triton_repo.interface import INPUTS, TENSORRT_LLM, Input, Tensor, honoured
+
+DOCUMENT = ROOT / "docs" / "serving.md"
+BEGIN, END = "<!-- begin: scripts/interface_table.py -->\n", "<!-- end -->\n"
+HEAD = """| option | `tensorrt_llm` | `ensemble` | type | values | neutral | TensorRT-LLM's backend | what it asks for |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def table() -> str:
+    """A row for each input of this project's own models."""
+    return HEAD + "".join(_line(row) for row in INPUTS if row.tokens is not None or row.text is not None)
+
+
+def _line(row: Input) -> str:
+    taken = row.only or row.range
+    backend = "yes" if honoured(row, TENSORRT_LLM) or row.option == "prompt" else "refused"
+    neutral = "" if row.neutral is None else f"{row.neutral}"
+    about = row.about + (f" (older name: `{row.older}`)" if row.older else "") + (" **(required)**" if row.required else "")
+    cells = [
+        f"`{row.option}`",
+        _name(row.tokens),
+        _name(row.text),
+        _kind(row),
+        taken.said if taken else "",
+        neutral,
+        backend,
+        about,
+    ]
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def _name(tensor: Tensor | None) -> str:
+    return "" if tensor is None else f"`{tensor.name}`"
+
+
+def _kind(row: Input) -> str:
+    kinds = [f"{t.dtype} {list(t.dims)}" for t in (row.tokens, row.text) if t is not None]
+    return ", ".join(dict.fromkeys(kinds))
+
+
+def main() -> None:
+    """See the module's text."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--write", action="store_true", help="put the table into docs/serving.md")
+    if not options.parse_args().write:
+        print(table(), end="")
+        return
+    before, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
+    DOCUMENT.write_text(before + BEGIN + table() + END + rest.split(END)[1], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
