@@ -50,13 +50,11 @@ def register() -> None:
 def _register_models(config: type) -> None:
     import transformers
 
-    from ngpt import model
-
     for auto, kind in (
-        (transformers.AutoModel, model.NGPTModel),
-        (transformers.AutoModelForCausalLM, model.NGPTForCausalLM),
-        (transformers.AutoModelForSequenceClassification, model.NGPTForSequenceClassification),
-        (transformers.AutoModelForTokenClassification, model.NGPTForTokenClassification),
+        (transformers.AutoModel, NGPTModel),
+        (transformers.AutoModelForCausalLM, NGPTForCausalLM),
+        (transformers.AutoModelForSequenceClassification, NGPTForSequenceClassification),
+        (transformers.AutoModelForTokenClassification, NGPTForTokenClassification),
     ):
         auto.register(config, kind, exist_ok=True)
 

@@ -24,8 +24,7 @@ from engines.runtime.manifest import MANIFEST_NAME, Manifest, contained_path, re
 from ngpt.errors import PackagingError
 from ngpt.folder import check_free, new_folder
 from ngpt.text_files import End, TextFiles, given_tokenizer
-from triton_repo import config_pbtxt
-from triton_repo.config_pbtxt import Settings
+from triton_repo.config_pbtxt import Settings, backend_model, ensemble, postprocessing, preprocessing, text_model, tokens_model
 
 
 @dataclass(frozen=True)
@@ -47,23 +46,23 @@ class Layout:
 
 
 _PROCESSING = {
-    "preprocessing": Model(config_pbtxt.preprocessing, "engine/preprocessing.py"),
-    "postprocessing": Model(config_pbtxt.postprocessing, "engine/postprocessing.py"),
+    "preprocessing": Model(preprocessing, "engine/preprocessing.py"),
+    "postprocessing": Model(postprocessing, "engine/postprocessing.py"),
 }
 OWN = Layout(
     {
-        "tensorrt_llm": Model(config_pbtxt.tokens_model, "engine/tokens.py", text=False),
+        "tensorrt_llm": Model(tokens_model, "engine/tokens.py", text=False),
         **_PROCESSING,
-        "ensemble": Model(partial(config_pbtxt.text_model, "ensemble"), "engine/text.py"),
+        "ensemble": Model(partial(text_model, "ensemble"), "engine/text.py"),
     },
     "engine",
 )
 TENSORRT_LLM = Layout(
     {
-        "tensorrt_llm": Model(config_pbtxt.backend_model, None, text=False),
+        "tensorrt_llm": Model(backend_model, None, text=False),
         **_PROCESSING,
-        "ensemble": Model(config_pbtxt.ensemble, None, text=False),
-        "tensorrt_llm_bls": Model(partial(config_pbtxt.text_model, "tensorrt_llm_bls"), "engine/text.py"),
+        "ensemble": Model(ensemble, None, text=False),
+        "tensorrt_llm_bls": Model(partial(text_model, "tensorrt_llm_bls"), "engine/text.py"),
     },
     "trtllm_backend",
 )

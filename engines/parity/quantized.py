@@ -34,7 +34,8 @@ def every_projection(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How an engine is quantised: weights to ``bits`` in blocks of ``block_size``, activations to int8 or not.
+    """How an engine is quantised: weights to ``bits`` in blocks of ``block_size``, and activations to int8 in blocks of ``activation_block``,
+    or not (None).
 
     ``head_bits``, ``head_block``: of the language-model head, where they differ. ``narrow_embedding``: the embedding table is
     stored as float16. ``float8``: the codes are float8_e4m3fn instead of integers.
@@ -44,7 +45,7 @@ class Quantization:
     block_size: int
     round_trip: RoundTrip
     applies: Callable[[str], bool] = every_projection
-    int8_activations: bool = True
+    activation_block: int | None = None
     head_bits: int | None = None
     head_block: int | None = None
     narrow_embedding: bool = False
@@ -97,7 +98,7 @@ def quantization_of(precision: Precision) -> Quantization | None:
         max(projections.block or 0, WHOLE_ROW),
         round_trip,
         applies=every_projection if not head.plain else lambda name: name != "lm_head" and every_projection(name),
-        int8_activations=precision.activations is not None,
+        activation_block=None if precision.activations is None else precision.activations.block,
         head_bits=CODE_BITS.get(head.code),
         head_block=head.block,
         narrow_embedding=precision.embedding.code == "float16",
@@ -187,10 +188,12 @@ def audit_weight(
 
 
 def quantize_activations(model: nn.Module, quantization: Quantization) -> None:
-    """Make every quantised module round its input to int8 per block of ``block_size``, as integer kernels do."""
+    """Make every quantised module round its input to int8 in blocks of ``activation_block``, as integer kernels do."""
+    block = quantization.activation_block
+    assert block is not None  # who asks has looked
 
     def round_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (round_to_int8(inputs[0], quantization.block_size), *inputs[1:])
+        return (round_to_int8(inputs[0], block or inputs[0].shape[-1]), *inputs[1:])
 
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and quantization.applies(name):

@@ -185,13 +185,13 @@ class _Work:
         model = TorchReference(folder, self.precision, attention="sdpa" if other_kernel else "eager")
         if self.quantization is not None:
             put_quantized_weights(model.model, self.quantization)
-            if self.quantization.int8_activations:
+            if self.quantization.activation_block is not None:
                 quantize_activations(model.model, self.quantization)
         return _run(model, sequences)
 
     @property
     def _rounds_activations(self) -> bool:
-        return self.quantization is not None and self.quantization.int8_activations
+        return self.quantization is not None and self.quantization.activation_block is not None
 
     @property
     def noise_name(self) -> str:

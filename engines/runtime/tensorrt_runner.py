@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import compatibility
+from .compatibility import PACKAGES, check_slots, flag, problems, row_bytes
 from .cuda import Cuda
 from .errors import ClosedError, EngineFileError, MissingRuntimeError, RunnerError
 from .rows import Rows
@@ -40,16 +40,16 @@ class TensorRTRunner:
     """
 
     def __init__(self, folder: Path, manifest: Manifest, num_slots: int, threads: int | None = None) -> None:
-        compatibility.check_slots(manifest, num_slots)
+        check_slots(manifest, num_slots)
         model, runtime = manifest.model, manifest.target.runtime
         library = _library(runtime)
         self.vocab_size, self.max_length, self.num_slots = model.vocab_size, model.max_length, num_slots
-        self.prefill_tokens = compatibility.flag(manifest, "prefill_tokens")
+        self.prefill_tokens = flag(manifest, "prefill_tokens")
         self._rows = Rows(num_slots, self.max_length)
         self._plan: Plan | None = None
         self._cuda = Cuda()
         try:
-            for problem in compatibility.problems(
+            for problem in problems(
                 manifest,
                 tensorrt_version=str(library.__version__),
                 compute_capability=self._cuda.compute_capability(),
@@ -177,7 +177,7 @@ class _Cache:
         model = manifest.model
         self._cuda = cuda
         self.row = (model.num_kv_heads, model.max_length, model.head_dim)
-        self._stride = compatibility.row_bytes(manifest)
+        self._stride = row_bytes(manifest)
         self._names = [
             (f"past_key_values.{i}.{k}", f"present.{i}.{k}") for i in range(model.num_layers) for k in ("key", "value")
         ]
@@ -274,7 +274,7 @@ def _library(runtime: str) -> Any:
     except ImportError as error:
         raise MissingRuntimeError(
             f"the library {runtime}", expected="installed", found="not installed",
-            remedy=f"Run: pip install {compatibility.PACKAGES[runtime]}",
+            remedy=f"Run: pip install {PACKAGES[runtime]}",
         ) from error  # fmt: skip
 
 
@@ -319,9 +319,9 @@ def _check(library: Any, engine: Any, manifest: Manifest) -> None:
         refuse(f"type of {name}", dtype, engine.get_tensor_dtype(name))
     refuse("profiles", 2, engine.num_optimization_profiles)
     longest = tuple(engine.get_tensor_profile_shape("input_ids", PREFILL)[2])
-    refuse("input_ids of profile 0", (1, compatibility.flag(manifest, "prefill_tokens")), longest)
+    refuse("input_ids of profile 0", (1, flag(manifest, "prefill_tokens")), longest)
     widest = tuple(engine.get_tensor_profile_shape("input_ids", DECODE)[2])
-    refuse("input_ids of profile 1", (compatibility.flag(manifest, "decode_batch"), 1), widest)
+    refuse("input_ids of profile 1", (flag(manifest, "decode_batch"), 1), widest)
     refuse("width of logits", model.vocab_size, tuple(engine.get_tensor_shape("logits"))[-1])
     in_place = manifest.target.cache == "in-place"
     for past, present in pairs:

@@ -161,7 +161,7 @@ def test_weights_of_fewer_bits_than_the_format_has_fail_by_their_loss():
     def coarse(name, matrix):
         return Format("int4", 32).round_trip(matrix)
 
-    scheme = Quantization(8, 32, coarse, head_bits=8, narrow_embedding=True)
+    scheme = Quantization(8, 32, coarse, head_bits=8, narrow_embedding=True, activation_block=32)
     report = check(quantized(bits=4, rounding=coarse), quantization=scheme, precision="int8", taps=False)
     assert "quantisation loss: sqrt(KL), mean" in {c.name for c in report.failures}
 
@@ -192,7 +192,7 @@ def test_a_quantiser_that_rounds_badly_cannot_hide_behind_itself():
         step = np.abs(matrix).max(-1, keepdims=True) / 2 ** ((8 if name == "lm_head" else 4) - 1)
         return (np.floor(matrix / step) * step).astype(np.float32)
 
-    scheme = Quantization(4, 32, rounds_down, head_bits=8, narrow_embedding=True)
+    scheme = Quantization(4, 32, rounds_down, head_bits=8, narrow_embedding=True, activation_block=32)
     report = check(quantized(bits=4, rounding=rounds_down), quantization=scheme, precision="int4")
     assert report.verdict == "fail"
     # Engine and reference agree, since both used the same rounding: the audit of the weights alone finds it.
