@@ -50,6 +50,8 @@ def register() -> None:
 def _register_models(config: type) -> None:
     import transformers
 
+    from ngpt.model import NGPTForCausalLM, NGPTForSequenceClassification, NGPTForTokenClassification, NGPTModel
+
     for auto, kind in (
         (transformers.AutoModel, NGPTModel),
         (transformers.AutoModelForCausalLM, NGPTForCausalLM),
