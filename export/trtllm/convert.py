@@ -17,9 +17,9 @@ from export.trtllm.layout import PLACES, Entry, Part, rank_layout
 from export.trtllm.parallel import Parallel
 from export.trtllm.rank_file import RankFile
 from export.weights import Array, DeployedWeights
-from ngpt.checkpoint.names import Name
 from ngpt.errors import UnsupportedError
 from ngpt.progress import Progress, silent
+from ngpt.tensor_names import Name
 
 _BLOCK = 1 << 22  # elements rounded at once
 _SCALES = ("weights_scaling_factor", "activation_scaling_factor")

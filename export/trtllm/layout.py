@@ -16,8 +16,8 @@ from typing import Literal
 
 from export.trtllm.parallel import Parallel
 from export.weights import DeployedWeights
-from ngpt.checkpoint.names import Name
 from ngpt.errors import UnsupportedError
+from ngpt.tensor_names import Name
 
 Kind = Literal["matrix", "stored", "vector"]
 """A matrix may be quantised; what is stored has the engine's type; a vector (and a scale) is float32."""

@@ -26,8 +26,8 @@ from export.lowerings.base import Lowering
 from export.plugins import registration
 from export.trtllm.layout import place_of
 from export.weights import Array, position_diagonal, rope_tables
-from ngpt.checkpoint.names import Name
 from ngpt.errors import UnsupportedError
+from ngpt.tensor_names import Name
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ from torch import nn
 
 from export.weights import DeployedWeights, branch_scale, position_diagonal, rope_tables
 from ngpt.checkpoint import Checkpoint, TensorInfo
-from ngpt.checkpoint.names import Name
 from ngpt.config_keys import DEFAULTS
 from ngpt.errors import MissingPackageError, UnsupportedError
 from ngpt.spec import NGPTSpec
+from ngpt.tensor_names import Name
 from ngpt.weights import Weights
 
 try:

@@ -86,7 +86,7 @@ def test_a_precision_is_read_back_from_what_a_manifest_says(runtime, name):
     precision = TABLES[runtime][name]
     found = Precision.from_description(name, precision.describe())
     assert dataclasses.replace(found, loader_quantises=precision.loader_quantises) == precision
-    assert precision.quantised == (name in ("int8", "int4", "fp8"))
+    assert precision.quantised == (name not in ("fp32", "fp16", "bf16"))
 
 
 @pytest.mark.parametrize(

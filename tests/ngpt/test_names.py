@@ -12,9 +12,9 @@ from export.trtllm.layout import rank_layout
 from export.trtllm.parallel import Parallel
 from export.weights import DeployedWeights
 from ngpt.checkpoint import expected_tensors, names, open_checkpoint
-from ngpt.checkpoint.names import Canonical, Expected, Name, Row, RowsScaled, Scaled, canonical_tensors
 from ngpt.errors import MissingTensorError, UnsupportedError
 from ngpt.spec import NGPTSpec
+from ngpt.tensor_names import Canonical, Expected, Name, Row, RowsScaled, Scaled, canonical_tensors
 from ngpt.weights import Weights
 from tests.conftest import GOLDEN
 from tests.ngpt.making import write_checkpoint
