@@ -3,7 +3,7 @@
 Scales that fold exactly are folded here, once, in float64 and rounded to float32 at the end: suv * sqrt(E) into
 the rows (and bias) of the MLP's up and gate projections, sz into the rows of the head. sqk enters squared on q
 after the position code, so it stays a vector; the alphas become learning rates by absolute value after scaling.
-Which scale goes where is said in `ngpt.checkpoint.names`; it is multiplied here.
+Which scale goes where is said in `ngpt.tensor_names`; it is multiplied here.
 
     embed                        [V, E]
     layers.{i}.attn.q.weight     [H*D, E]     .k, .v [K*D, E]     .o [E, H*D]     (+ .bias [out])
@@ -25,8 +25,8 @@ import torch
 from numpy.typing import NDArray
 
 from ngpt.checkpoint import Checkpoint
-from ngpt.checkpoint.names import RowsScaled, Scaled, canonical_tensors
 from ngpt.errors import MissingTensorError
+from ngpt.tensor_names import RowsScaled, Scaled, canonical_tensors
 
 _BLOCK = 1 << 21  # float64 elements in flight while folding
 

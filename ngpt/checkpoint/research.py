@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from ngpt.checkpoint.names import expected_tensors
 from ngpt.checkpoint.safetensors_file import TensorInfo
 from ngpt.checkpoint.torch_file import load_torch_file
 from ngpt.checks import is_finite, is_whole, whole
@@ -28,6 +27,7 @@ from ngpt.errors import (
     shown,
 )
 from ngpt.spec import NGPTSpec
+from ngpt.tensor_names import expected_tensors
 
 RESEARCH_FILE = "ckpt.pt"
 # What torch.compile, DistributedDataParallel, FSDP and activation checkpointing put into names.
