@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from export.trtllm.layout import rank_layout
 from export.trtllm.parallel import Parallel
 from export.weights import DeployedWeights
-from ngpt.checkpoint import expected_tensors, names, open_checkpoint
+from ngpt import tensor_names as names
+from ngpt.checkpoint import expected_tensors, open_checkpoint
 from ngpt.errors import MissingTensorError, UnsupportedError
 from ngpt.spec import NGPTSpec
 from ngpt.tensor_names import Canonical, Expected, Name, Row, RowsScaled, Scaled, canonical_tensors
