@@ -17,10 +17,10 @@ from engines.runtime.manifest import read_manifest
 from engines.runtimes import runtime_of
 from engines.target import AUTO, DEFAULT, Target, load_target, with_kv_cache
 from export.trtllm.parallel import Parallel
+from ngpt.atomic_folder import check_free, new_folder
 from ngpt.checkpoint import Checkpoint, open_checkpoint
 from ngpt.checkpoint.base import OffSphere
 from ngpt.errors import BuildError, TargetError, os_trouble
-from ngpt.folder import check_free, new_folder
 from ngpt.progress import Progress, part_of, silent
 from ngpt.text_files import End
 
@@ -45,14 +45,15 @@ def build_engine(
 ) -> Path:
     """Build the engine of a checkpoint for a target; returns the folder.
 
-    An engine that fails parity is still written, with the verdict in its manifest: the report says where it parts ways. It is verified
-    where it can run on this machine. For a TensorRT-LLM target the folder holds a converted checkpoint and the command that builds it,
-    and an engine with a manifest where `trtllm-build` is installed. What is unusual about a checkpoint is logged as a warning, and recorded.
+    An engine that fails parity is still written, with the verdict in its manifest: the report says where it parts ways. It
+    is verified where it can run on this machine. For a TensorRT-LLM target the folder holds a converted checkpoint and the
+    command that builds it, and an engine with a manifest where `trtllm-build` is installed. What is unusual about a
+    checkpoint is logged as a warning, and recorded.
 
     Args:
         checkpoint: a Hugging Face folder, or the research code's ckpt.pt.
-        target: a name, the path of a target's file, or a `Target`. "auto" is the one of this machine's GPU, or the default where there is
-            none.
+        target: a name, the path of a target's file, or a `Target`. "auto" is the one of this machine's GPU, or the default
+            where there is none.
         output: the engine's folder; must not exist.
         precision: another one that the target offers.
         name: of the engine, in its manifest; that of the checkpoint's folder if not given.
@@ -95,8 +96,8 @@ def build_engine(
                     except ServingError as error:
                         if chosen.gpu is None:
                             raise
-                        # Minutes of building are not thrown away because the card is busy or a driver is old: the engine says that it
-                        # is unverified and why, and the packager refuses it.
+                        # Minutes of building are not thrown away because the card is busy or a driver is old: the engine
+                        # says that it is unverified and why, and the packager refuses it.
                         add_note(work, manifest, f"could not be run here: {error}")
             progress("done", 1.0)
     return folder
@@ -160,8 +161,8 @@ def verify_folder(
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Parity of the engine in `folder` with its checkpoint: writes parity.json and parity.html to `report` (default: the
-    engine's folder) and returns the summary with the verdict. `scratch`: where a second graph as large as the first may lie meanwhile.
-    Raises BuildError before anything is run where the report cannot be written."""
+    engine's folder) and returns the summary with the verdict. `scratch`: where a second graph as large as the first may lie
+    meanwhile. Raises BuildError before anything is run where the report cannot be written."""
     from engines.parity.verify import PARITY_SLOTS, verify
     from engines.runtime.compatibility import slots_for
     from engines.runtime.engine import open_runner
@@ -202,7 +203,9 @@ def engine_name(name: str | None, checkpoint: str | Path) -> str:
         return "".join(letter if letter.isprintable() else "?" for letter in folder.name) or "ngpt"
     if not name or len(name) > MAX_NAME or not name.isprintable():
         raise BuildError(
-            "the engine's name", expected=f"1 to {MAX_NAME} characters that can be printed", found=ascii(name)[:80],
+            "the engine's name",
+            expected=f"1 to {MAX_NAME} characters that can be printed",
+            found=ascii(name)[:80],
             remedy="choose another --name",
-        )  # fmt: skip
+        )
     return name

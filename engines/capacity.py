@@ -1,8 +1,8 @@
 """How many GPUs a model needs for a load, and how fast they could at most decode: arithmetic, before anything is built.
 
-Every number follows from sizes and the card's data sheet; none was measured. A decode step must read the projections, the head and
-every sequence's keys and values once, so memory bandwidth bounds the rate from above: arithmetic, launches, communication
-between GPUs and prefills all come on top.
+Every number follows from sizes and the card's data sheet; none was measured. A decode step must read the projections, the
+head and every sequence's keys and values once, so memory bandwidth bounds the rate from above: arithmetic, launches,
+communication between GPUs and prefills all come on top.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class Capacity:
 
     @property
     def rate(self) -> float:
-        """Upper bound of tokens per second and sequence: bandwidth over what a step reads. Stages of a pipeline work one after another."""
+        """Upper bound of tokens per second and sequence: bandwidth over what a step reads. Stages of a pipeline work one
+        after another."""
         return self.bandwidth / (self.step * self.parallel.pp)
 
     def arithmetic(self) -> str:

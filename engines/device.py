@@ -48,8 +48,8 @@ def parse(answer: str) -> Device | None:
 def target_for(device: Device) -> Target:
     """The target of a card: the one whose `cards` names it, else the smallest of the same compute capability.
 
-    Only targets with `cards` are considered, so that a copy made for another purpose is not taken for a card of ours. Raises TargetError
-    when no target has this compute capability (listing those there are), or when two claim the same name.
+    Only targets with `cards` are considered, so that a copy made for another purpose is not taken for a card of ours. Raises
+    TargetError when no target has this compute capability (listing those there are), or when two claim the same name.
     """
     cards = [(t, t.gpu) for t in load_targets() if t.gpu is not None and t.gpu.cards]
     same = [(t, gpu) for t, gpu in cards if gpu.compute_capability == device.compute_capability]

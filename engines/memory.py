@@ -1,7 +1,9 @@
-"""How much of a GPU's memory an engine takes: one sum, which planning, building, dry runs and the size of the decode batch all read."""
+"""How much of a GPU's memory an engine takes: one sum, which planning, building, dry runs and the size of the decode batch
+all read."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from engines.runtimes import runtime_of
@@ -10,6 +12,7 @@ from export.precision import ITEM_BYTES, Precision
 from export.trtllm.parallel import Parallel
 from ngpt.errors import TargetError
 from ngpt.spec import NGPTSpec
+from ngpt.tensor_names import TABLE, Row, Size, sizes
 
 RESERVE = 1 << 30
 """Bytes left to the driver, the CUDA context and the runtime's own memory."""
@@ -21,8 +24,8 @@ _VECTOR_BYTES = 4  # scales of heads and channels stay float32
 class Memory:
     """Bytes on the fullest of the GPUs that share a model.
 
-    weights: all of them, `table` being the part of the embedding table, of which a decode step reads only some rows. cache_token: keys
-    and values that one token of one sequence adds. activations: of a step. card: what the GPU has.
+    weights: all of them, `table` being the part of the embedding table, of which a decode step reads only some rows.
+    cache_token: keys and values that one token of one sequence adds. activations: of a step. card: what the GPU has.
     """
 
     weights: int
@@ -79,26 +82,40 @@ def memory(spec: NGPTSpec, target: Target, parallel: Parallel = ONE, *, sequence
 
 def weight_bytes(spec: NGPTSpec, precision: Precision, parallel: Parallel = ONE, stage: int = 0) -> int:
     """Bytes of the weights of one GPU of a pipeline's stage: its share of the matrices, scales included, and its vectors."""
-    item, hidden, inner = ITEM_BYTES[precision.arithmetic], spec.hidden_size, spec.intermediate_size // parallel.tp
-    queries = len(parallel.query_heads(0, spec.num_heads)) * spec.head_dim
-    keys = len(parallel.key_heads(0, spec.num_kv_heads)) * spec.head_dim
-    size = precision.projections.bytes
-    layer = size(queries + 2 * keys, hidden) + size(hidden, queries) + size(hidden, inner)
-    layer += size(inner, hidden) * (2 if spec.gated else 1)
-    layer += _VECTOR_BYTES * (queries + 2 * hidden)
-    layer += item * (queries + 2 * keys + hidden) * spec.attention_bias
-    layer += item * (inner * (2 if spec.gated else 1) + hidden) * spec.mlp_bias
-    total = layer * len(parallel.layers(stage, spec.num_layers))
-    if stage == 0:
-        total += table_bytes(spec, precision, parallel)
-    if stage == parallel.pp - 1:
-        total += precision.head.bytes(_rows(spec, parallel), hidden)
+    share, layers = _shares(spec, parallel), len(parallel.layers(stage, spec.num_layers))
+    total = 0
+    for row in TABLE:
+        if not row.name or not row.applies(spec):
+            continue
+        if row.name == "embed":
+            times = int(stage == 0)
+        elif row.name == "head.weight":
+            times = int(stage == parallel.pp - 1)
+        else:
+            times = layers
+        total += times * _bytes(row, tuple(share[axis] for axis in row.shape), precision)
     return total
+
+
+def _bytes(row: Row, shape: tuple[int, ...], precision: Precision) -> int:
+    if len(shape) == 2:
+        return precision.format_of(row.name).bytes(shape[0], shape[1])
+    return math.prod(shape) * (ITEM_BYTES[precision.arithmetic] if row.name.endswith(".bias") else _VECTOR_BYTES)
+
+
+def _shares(spec: NGPTSpec, parallel: Parallel) -> dict[Size, int]:
+    """Lengths of axes on one GPU; rows of the vocabulary are rounded up."""
+    return sizes(spec) | {
+        "queries": len(parallel.query_heads(0, spec.num_heads)) * spec.head_dim,
+        "keys": len(parallel.key_heads(0, spec.num_kv_heads)) * spec.head_dim,
+        "inner": spec.intermediate_size // parallel.tp,
+        "vocabulary": -(-spec.vocab_size // parallel.tp),
+    }
 
 
 def table_bytes(spec: NGPTSpec, precision: Precision, parallel: Parallel = ONE) -> int:
     """Bytes of one GPU's part of the embedding table: its rows are split, rounded up."""
-    return precision.embedding.bytes(_rows(spec, parallel), spec.hidden_size)
+    return precision.embedding.bytes(_shares(spec, parallel)["vocabulary"], spec.hidden_size)
 
 
 def cache_bytes_per_token(spec: NGPTSpec, precision: Precision, parallel: Parallel = ONE, stage: int = 0) -> int:
@@ -134,8 +151,3 @@ def check_fits(spec: NGPTSpec, target: Target, parallel: Parallel = ONE) -> Memo
             remedy=remedy,
         )
     return found
-
-
-def _rows(spec: NGPTSpec, parallel: Parallel) -> int:
-    """Rows of the embedding table and of the head on one GPU."""
-    return -(-spec.vocab_size // parallel.tp)

@@ -1,4 +1,5 @@
-"""The runtimes that engines are built for, as far as a target's file must know them: names, forms, precisions, what a target has to say."""
+"""The runtimes that engines are built for, as far as a target's file must know them: names, forms, precisions, what a target
+has to say."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ from ngpt.errors import TargetError
 class Runtime:
     """A runtime by the name that targets and manifests use.
 
-    precisions: by name. forms: of the network (`Target.form`). caches: how keys and values are kept (`Target.cache`). on_gpu: a target
-    states a card and a profile, and no providers; else the other way round. divides: a model may be shared by several GPUs. float8_cache:
-    keys and values can be cached as float8_e4m3.
+    precisions: by name. forms: of the network (`Target.form`). caches: how keys and values are kept (`Target.cache`).
+    on_gpu: a target states a card and a profile, and no providers; else the other way round. divides: a model may be shared
+    by several GPUs. float8_cache: keys and values can be cached as float8_e4m3.
     """
 
     name: str

@@ -32,8 +32,8 @@ class Gpu:
     """A card: compute capability such as "9.0" ("": any that the library supports), memory in 10**9 bytes, memory bandwidth in
     10**9 bytes per second.
 
-    cards: the names, or parts of names, by which its driver calls it: `auto` takes the target for these. A target without them is taken
-    when it is named, and never by itself.
+    cards: the names, or parts of names, by which its driver calls it: `auto` takes the target for these. A target without
+    them is taken when it is named, and never by itself.
     """
 
     compute_capability: str
@@ -71,9 +71,11 @@ class Profile:
 class Target:
     """A runtime, a form of the network and a precision. `executed` says whether this project has seen it run.
 
-    Form "ort" is ONNX with ONNX Runtime's kernels, "portable" standard ONNX, "native" a network of the runtime's own layers, "plugins" one
-    with this project's kernels. cache: how keys and values are kept ("in-place", "growing", "paged"). providers: of ONNX Runtime, in order.
-    precisions: the names of those on offer. gpu, profile: for runtimes on a GPU, and for them alone. Raises TargetError, naming the key.
+    Form "ort" is ONNX with ONNX Runtime's kernels, "portable" standard ONNX, "native" a network of the runtime's own layers,
+    "plugins" one with this project's kernels. cache: how keys and values are kept ("in-place", "growing", "paged").
+    providers: of ONNX Runtime, in order.
+    precisions: the names of those on offer. gpu, profile: for runtimes on a GPU, and for them alone. Raises TargetError,
+    naming the key.
     """
 
     name: str
@@ -127,8 +129,8 @@ def load_targets() -> list[Target]:
 def load_target(name: str | os.PathLike[str], precision: str | None = None) -> Target:
     """A target by the name of one of ours, or by the path of a file of your own (`card.toml`, `targets/card.toml`).
 
-    In its own precision or another that it offers. Raises TargetError for an unknown name, a precision the target does not offer, or a
-    malformed file.
+    In its own precision or another that it offers. Raises TargetError for an unknown name, a precision the target does not
+    offer, or a malformed file.
     """
     given = os.fspath(name)
     own = given not in target_names()

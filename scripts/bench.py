@@ -122,7 +122,8 @@ def run(checkpoint: Path, rounds: int) -> list[dict[str, Any]]:
     for row in rows:
         ratios = [row[key] / base[key] for key in ("prefill_tokens_per_s", "decode_tokens_per_s")]
         print(
-            f"{row['contender']:34} {row['prefill_tokens_per_s']:14.0f} {ratios[0]:6.2f} {row['decode_tokens_per_s']:13.0f} {ratios[1]:6.2f}"
+            f"{row['contender']:34} {row['prefill_tokens_per_s']:14.0f} {ratios[0]:6.2f} "
+            f"{row['decode_tokens_per_s']:13.0f} {ratios[1]:6.2f}"
         )
     return rows
 

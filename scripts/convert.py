@@ -1,4 +1,5 @@
-"""`ngpt-deploy convert`: a checkpoint of either format as a Hugging Face folder, exactly, or projected back onto the unit sphere."""
+"""`ngpt-deploy convert`: a checkpoint of either format as a Hugging Face folder, exactly, or projected back onto the unit
+sphere."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ def run(
     progress: Progress = silent,
     **opening: Any,
 ) -> None:
-    """Convert, and print what was done. `opening`: options of `open_checkpoint`. Raises the errors of reading and writing checkpoints."""
+    """Convert, and print what was done. `opening`: options of `open_checkpoint`. Raises the errors of reading and writing
+    checkpoints."""
     with open_checkpoint(checkpoint, **opening) as original:
         wanted, changes = normalize(original, part_of(progress, 0.0, 0.3)) if project else (original, [])
         if fold:

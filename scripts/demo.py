@@ -60,8 +60,10 @@ def main() -> int:
     step("done; the server is stopped")
     print(f"parity verdict   {parity['verdict']}")
     print(f"parity report    {engine / parity['html']}")
-    print(f"speed            {pieces / seconds:.0f} pieces of text (about one a token) per second through gRPC, "
-          f"the first after {1000 * first:.0f} ms")  # fmt: skip
+    print(
+        f"speed            {pieces / seconds:.0f} pieces of text (about one a token) per second through gRPC, "
+        f"the first after {1000 * first:.0f} ms"
+    )
     return 0 if parity["verdict"] == "pass" else 3
 
 

@@ -1,10 +1,11 @@
-"""Run the model's tests, and one build with parity, against the lowest and the newest library versions that pyproject.toml allows.
+"""Run the model's tests, and one build with parity, against the lowest and the newest library versions that pyproject.toml
+allows.
 
     python scripts/matrix.py             # both legs
     python scripts/matrix.py newest      # one; part of CI, so that a release that breaks us is seen the day it appears
 
-Each leg has an environment of its own under build/matrix, made anew each time: what the newest version is changes. torch is pinned in
-both, to the version in constraints.txt: other builds of it are gigabytes.
+Each leg has an environment of its own under build/matrix, made anew each time: what the newest version is changes. torch is
+pinned in both, to the version in constraints.txt: other builds of it are gigabytes.
 """
 
 import argparse

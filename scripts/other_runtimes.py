@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Engine folders in tools that this project's environment cannot hold: optimum-onnx, transformers.js, onnxruntime-node and -web.
 
-Makes an environment for each (a virtual environment, and npm packages without their install scripts), gives each tool the folders as they
-lie there, compares greedy tokens with this project's own engine row by row, and prints a table. Needs node, npm and the registries.
+Makes an environment for each (a virtual environment, and npm packages without their install scripts), gives each tool the
+folders as they lie there, compares greedy tokens with this project's own engine row by row, and prints a table. Needs node,
+npm and the registries.
 """
 
 import argparse
@@ -114,9 +115,16 @@ def _random_checkpoint(folder: Path, changes: dict[str, Any]) -> Path:
 
     torch.manual_seed(0)
     sizes = {
-        "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "initializer_range": 0.1,
-    }  # fmt: skip
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.1,
+    }
     NGPTForCausalLM(NGPTConfig(**(sizes | changes))).save_pretrained(folder)
     return folder
 

@@ -22,8 +22,8 @@ class Terminated(KeyboardInterrupt):
 class Stopping:
     """Raises KeyboardInterrupt for SIGINT and Terminated for SIGTERM and SIGHUP; ``number`` is the last signal that did.
 
-    Not while a module is being imported: the libraries' compiled parts turn an exception there into another error, or abort the process.
-    It is raised as soon as the import is over.
+    Not while a module is being imported: the libraries' compiled parts turn an exception there into another error, or abort
+    the process. It is raised as soon as the import is over.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,8 @@ def _importing(frame: FrameType | None) -> bool:
 
 @contextlib.contextmanager
 def stopping() -> Iterator[Stopping]:
-    """The handlers in place, and put back at the end. A signal that is ignored (nohup) stays so, and only the main thread may ask."""
+    """The handlers in place, and put back at the end. A signal that is ignored (nohup) stays so, and only the main thread
+    may ask."""
     usual: dict[int, Any] = {
         signal.SIGINT: signal.default_int_handler,
         signal.SIGTERM: signal.SIG_DFL,

@@ -27,9 +27,10 @@ LARGE = {
     "num_hidden_layers": 80,
     "num_attention_heads": 64,
 }
-HEAD = """| target | precision | GPUs | weights GB/GPU | cache GB/GPU | sequences that fit | tokens/s each, at most | in all, at most |
-|---|---|---|---|---|---|---|---|
-"""
+COLUMNS = (
+    "target | precision | GPUs | weights GB/GPU | cache GB/GPU | sequences that fit | tokens/s each, at most | in all, at most"
+)
+HEAD = f"| {COLUMNS} |\n{'|---' * 8}|\n"
 
 
 def table(spec: NGPTSpec, precisions: tuple[str, ...]) -> str:

@@ -33,8 +33,8 @@ _ALWAYS = ("numpy", "tokenizers", "tqdm")  # what every installation has, unless
 def plain(text: object, limit: int = _MAX_LINE) -> str:
     """A text in one line that no terminal can be steered with.
 
-    Characters that do not print (control and escape characters, line ends, marks that turn the direction of writing) are spelled out, and
-    of a text longer than `limit` characters the middle is left out.
+    Characters that do not print (control and escape characters, line ends, marks that turn the direction of writing) are
+    spelled out, and of a text longer than `limit` characters the middle is left out.
     """
     return errors.plain(str(text), limit).replace("\n", "\\n")
 
@@ -91,8 +91,8 @@ def _is_serving_error(error: BaseException) -> bool:
 def _open_closed_streams() -> None:
     """Streams that the caller closed lead nowhere from now on.
 
-    For a standard error that is None `print` and argparse take standard output, and the next file that is opened would get the number of
-    the closed one, to which libraries in C go on writing their notes.
+    For a standard error that is None `print` and argparse take standard output, and the next file that is opened would get
+    the number of the closed one, to which libraries in C go on writing their notes.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:

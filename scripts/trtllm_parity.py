@@ -5,8 +5,8 @@
     mpirun -n RANKS trtllm_parity.py run --engine DIR --reference reference.npz --output run.npz      tensorrt_llm 1.2
     trtllm_parity.py compare --reference reference.npz --run run.npz                        numpy
 
-The engine must be built with --gather_context_logits. `run` follows tensorrt_llm/runtime/model_runner_cpp.py as stored (no commit known)
-and has not been executed; the other two steps are tested.
+The engine must be built with --gather_context_logits. `run` follows tensorrt_llm/runtime/model_runner_cpp.py as stored (no
+commit known) and has not been executed; the other two steps are tested.
 """
 
 import argparse
@@ -34,9 +34,13 @@ def reference(args: argparse.Namespace) -> int:
         wide = TorchReference(folder, "float32" if dtype != "float32" else "float64")
         steps = min(32, checkpoint.spec.max_length // 2)
         sequences = make_sequences(
-            checkpoint, None, max_length=checkpoint.spec.max_length, decode_steps=steps, seed=0,
+            checkpoint,
+            None,
+            max_length=checkpoint.spec.max_length,
+            decode_steps=steps,
+            seed=0,
             continue_greedily=wide.continue_greedily,
-        )  # fmt: skip
+        )
         found: dict[str, Any] = {"precision": args.precision}
         for index, sequence in enumerate(sequences):
             found[f"tokens.{index}"] = np.array(sequence.tokens, np.int32)

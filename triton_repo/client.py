@@ -28,8 +28,8 @@ _DEAD = ("UNAVAILABLE", "UNIMPLEMENTED", "UNKNOWN", "INTERNAL")  # what gRPC its
 
 
 class RequestRefused(ServerError):
-    """The server answered with an error, or a value could not have been sent as it is. ``status`` is the gRPC status: "INVALID_ARGUMENT"
-    for the latter, empty where a stream reports the text alone."""
+    """The server answered with an error, or a value could not have been sent as it is. ``status`` is the gRPC status:
+    "INVALID_ARGUMENT" for the latter, empty where a stream reports the text alone."""
 
     def __init__(self, message: str, status: str) -> None:
         super().__init__(message)
@@ -60,7 +60,8 @@ def stream_text(
 
     Raises:
         RequestRefused: a value is out of range (nothing is sent then), or the server refused or failed the request.
-        ServerError: not a ``host:port``, no server there, or no answer in time. MissingPackageError: tritonclient is not installed.
+        ServerError: not a ``host:port``, no server there, or no answer in time. MissingPackageError: tritonclient is not
+            installed.
     """
     tensors = _text_tensors(prompt, max_tokens, stop_words, bad_words, dict(**options, stream=True))
     for result in responses(url, model, tensors, timeout=timeout, request_id=request_id):
@@ -101,7 +102,8 @@ def generate_tokens(
     stream: bool = False,
     **options: Any,
 ) -> list[int]:
-    """The new token ids after a prompt of token ids (with ``exclude_input=False`` the prompt's too). Errors as in ``stream_text``."""
+    """The new token ids after a prompt of token ids (with ``exclude_input=False`` the prompt's too). Errors as in
+    ``stream_text``."""
     settings = {"exclude_input": True, **options, "stream": stream}
     tensors = token_tensors(prompt, max_tokens, stop_sequences, bad_sequences, settings)
     tokens: list[int] = []
@@ -220,9 +222,11 @@ def responses(
                 result, error = answers.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 raise ServerError(
-                    f"no answer from {model} at {url}", expected=f"a response within {timeout:g} s", found="none",
+                    f"no answer from {model} at {url}",
+                    expected=f"a response within {timeout:g} s",
+                    found="none",
                     remedy="wait longer (timeout), or see the server's log",
-                ) from None  # fmt: skip
+                ) from None
             if error is not None:
                 raise _failure(url, error)
             deadline = time.monotonic() + timeout
@@ -239,9 +243,11 @@ def check_url(url: str) -> None:
         return
     bare = re.sub(r"^[a-z]+://|/.*$", "", str(url)[:200])
     raise ServerError(
-        "the server's address", expected="host:port, such as 127.0.0.1:8001", found=repr(url)[:200],
+        "the server's address",
+        expected="host:port, such as 127.0.0.1:8001",
+        found=repr(url)[:200],
         remedy=f"write {bare}, without more" if _is_address(bare) else "give the gRPC endpoint that `ngpt-deploy serve` prints",
-    )  # fmt: skip
+    )
 
 
 def _is_address(url: object) -> bool:
@@ -255,9 +261,10 @@ def _failure(url: str, error: Any) -> ServerError:
     if status not in _DEAD:
         return RequestRefused(error.message(), status)
     return ServerError(
-        f"no Triton server answers gRPC at {url}", found=error.message()[:300],
+        f"no Triton server answers gRPC at {url}",
+        found=error.message()[:300],
         remedy="start one with `ngpt-deploy serve`, and give the gRPC port (8001 unless chosen otherwise), not the HTTP one",
-    )  # fmt: skip
+    )
 
 
 @contextmanager

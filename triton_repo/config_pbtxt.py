@@ -157,7 +157,8 @@ def backend_model(settings: Settings) -> str:
 
 
 def ensemble(settings: Settings) -> str:
-    """A Triton ensemble around the backend, as TensorRT-LLM's own repositories have it; `tensorrt_llm_bls` is the same in Python."""
+    """A Triton ensemble around the backend, as TensorRT-LLM's own repositories have it; `tensorrt_llm_bls` is the same in
+    Python."""
     # An input of the ensemble that no step reads is an error, so it has those of the backend alone.
     ours = {row.option: (row, tensor) for row, tensor in inputs(TEXT) if row.option == "prompt" or row.backend is not None}
     theirs = {row.option: tensor for row, tensor in inputs(BACKEND)}

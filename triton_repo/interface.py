@@ -1,8 +1,9 @@
 """The request interface, a row per input and output: what clients call it, its type, what it sets, and who honours it.
 
-Everything else is made from these rows: every config.pbtxt (`triton_repo.config_pbtxt`), the parsers (`triton_repo.serving_inputs`), the
-client's options, the bridge to TensorRT-LLM's backend, and the table in docs/serving.md. Names, types and shapes are those of the public
-TensorRT-LLM model repositories. Copied into the model repository: it needs the standard library alone.
+Everything else is made from these rows: every config.pbtxt (`triton_repo.config_pbtxt`), the parsers
+(`triton_repo.serving_inputs`), the client's options, the bridge to TensorRT-LLM's backend, and the table in docs/serving.md.
+Names, types and shapes are those of the public TensorRT-LLM model repositories. Copied into the model repository: it needs
+the standard library alone.
 
 To add a sampling parameter: one row in INPUTS, and the sampler (`engines.runtime.sampling`, `engines.runtime.sampler`).
 """
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 TOKENS, TEXT, BACKEND, PYTORCH = "tokens", "text", "backend", "pytorch"
-"""Interfaces: this project's tokens model; the text models; TensorRT-LLM's engine backend; TensorRT-LLM's PyTorch runtime (llmapi)."""
+"""Interfaces: this project's tokens model; the text models; TensorRT-LLM's engine backend; TensorRT-LLM's PyTorch runtime
+(llmapi)."""
 NGPT, TENSORRT_LLM = "ngpt-deploy", "TensorRT-LLM's engine backend"
 """Whose engine a text model asks: this project's scheduler and sampler, or the backend."""
 
@@ -41,9 +43,10 @@ class Range:
 class Input:
     """An input of a request.
 
-    option: its name in this project's client. tokens, text, backend, pytorch: the tensor of that interface, None where it has none. older:
-    a name that is taken too. sets: the field of SamplingParams it becomes. neutral: the value that asks for nothing. range: the values that
-    make sense to any server. only: those that can be served here. asks: whether it chooses what is returned.
+    option: its name in this project's client. tokens, text, backend, pytorch: the tensor of that interface, None where it
+    has none. older: a name that is taken too. sets: the field of SamplingParams it becomes. neutral: the value that asks for
+    nothing. range: the values that make sense to any server. only: those that can be served here. asks: whether it chooses
+    what is returned.
     """
 
     option: str
@@ -96,7 +99,8 @@ def _option(
     pytorch: str = "",
     **more: Any,
 ) -> Input:
-    """One value, under its own name where no other is given; `backend`: whether TensorRT-LLM's backend has it, by the tokens name."""
+    """One value, under its own name where no other is given; `backend`: whether TensorRT-LLM's backend has it, by the tokens
+    name."""
     wire = Tensor(tokens or option, dtype)
     return Input(
         option,

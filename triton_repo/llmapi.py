@@ -1,7 +1,8 @@
 """Package a Hugging Face checkpoint for the PyTorch runtime of TensorRT-LLM, which loads checkpoints and builds no engine.
 
-Contract-tested with a double of `tensorrt_llm.LLM`; not executed with TensorRT-LLM. One model, `tensorrt_llm`, in Triton's Python backend, with the
-interface of the llmapi model in TensorRT-LLM's repository. Unlike `triton_repo.package`, what is served has no parity verdict.
+Contract-tested with a double of `tensorrt_llm.LLM`; not executed with TensorRT-LLM. One model, `tensorrt_llm`, in Triton's
+Python backend, with the interface of the llmapi model in TensorRT-LLM's repository. Unlike `triton_repo.package`, what is
+served has no parity verdict.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from ngpt.atomic_folder import new_folder
 from ngpt.checkpoint import open_checkpoint
 from ngpt.errors import PackagingError
-from ngpt.folder import new_folder
 from ngpt.text_files import TOKENIZER_FILE, End
 from triton_repo.config_pbtxt import pytorch_model
 from triton_repo.package import copy_code, copy_files
@@ -57,9 +58,11 @@ def package_checkpoint(
     source, output = Path(checkpoint_dir), Path(output_dir).absolute()
     if not allow_unverified:
         raise PackagingError(
-            f"{source} is a checkpoint: TensorRT-LLM's PyTorch runtime serves it without a parity verdict", expected="an engine folder",
-            found="no manifest.json", remedy="Build an engine, or package the checkpoint with --allow-unverified.",
-        )  # fmt: skip
+            f"{source} is a checkpoint: TensorRT-LLM's PyTorch runtime serves it without a parity verdict",
+            expected="an engine folder",
+            found="no manifest.json",
+            remedy="Build an engine, or package the checkpoint with --allow-unverified.",
+        )
     for name, value in (("num_slots", num_slots), ("tensor_parallel", tensor_parallel)):
         if value < 1:
             raise PackagingError(name, expected="at least 1", found=str(value))
@@ -75,9 +78,11 @@ def package_checkpoint(
         files, text, config = checkpoint.files, checkpoint.text, checkpoint.config
     if text.tokenizer_file is None:
         raise PackagingError(
-            f"{TOKENIZER_FILE} is needed to serve a checkpoint", expected=str(source / TOKENIZER_FILE), found="no such file",
+            f"{TOKENIZER_FILE} is needed to serve a checkpoint",
+            expected=str(source / TOKENIZER_FILE),
+            found="no such file",
             remedy="Give one with --tokenizer.",
-        )  # fmt: skip
+        )
     settings = {
         "model": _FOLDER,
         "backend": "pytorch",

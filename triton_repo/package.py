@@ -21,16 +21,16 @@ from engines.runtime.compatibility import check_slots
 from engines.runtime.engine import PREFILL_CHUNK
 from engines.runtime.errors import ServingError
 from engines.runtime.manifest import MANIFEST_NAME, Manifest, contained_path, read_manifest, verify_files, write_manifest
+from ngpt.atomic_folder import check_free, new_folder
 from ngpt.errors import PackagingError
-from ngpt.folder import check_free, new_folder
 from ngpt.text_files import End, TextFiles, given_tokenizer
 from triton_repo.config_pbtxt import Settings, backend_model, ensemble, postprocessing, preprocessing, text_model, tokens_model
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model of a repository: its config.pbtxt, the Python file that is its model.py (None: its backend brings its own code), and
-    whether it goes through a tokenizer."""
+    """A model of a repository: its config.pbtxt, the Python file that is its model.py (None: its backend brings its own
+    code), and whether it goes through a tokenizer."""
 
     config: Callable[[Settings], str]
     code: str | None
@@ -39,7 +39,8 @@ class Model:
 
 @dataclass(frozen=True)
 class Layout:
-    """A kind of repository: its models by name, and the folder of templates whose link leads from text models to the tokens model."""
+    """A kind of repository: its models by name, and the folder of templates whose link leads from text models to the tokens
+    model."""
 
     models: Mapping[str, Model]
     link: str
@@ -67,7 +68,8 @@ TENSORRT_LLM = Layout(
     "trtllm_backend",
 )
 LAYOUTS = {"onnxruntime": OWN, "tensorrt": OWN, "tensorrt_rtx": OWN, "tensorrt_llm": TENSORRT_LLM}
-"""By manifest.target.runtime. OWN: this project's scheduler around the engine. TENSORRT_LLM: the engine in TensorRT-LLM's own backend."""
+"""By manifest.target.runtime. OWN: this project's scheduler around the engine. TENSORRT_LLM: the engine in TensorRT-LLM's
+own backend."""
 MODELS = tuple(OWN.models)
 _MOST_INSTANCES = 16
 _MOST = (1 << 31) - 1  # a count in a repository's configuration has 32 bits
@@ -94,8 +96,8 @@ def package_engine(
 ) -> Path:
     """Write a model repository with the models ``tensorrt_llm``, ``preprocessing``, ``postprocessing`` and ``ensemble``.
 
-    An engine of TensorRT-LLM (runtime ``tensorrt_llm``) goes to that library's own backend and gets ``tensorrt_llm_bls`` besides. An engine
-    without a tokenizer gets ``tensorrt_llm`` alone, which takes and gives token ids.
+    An engine of TensorRT-LLM (runtime ``tensorrt_llm``) goes to that library's own backend and gets ``tensorrt_llm_bls``
+    besides. An engine without a tokenizer gets ``tensorrt_llm`` alone, which takes and gives token ids.
 
     The folder appears at once and whole, or not at all.
 
@@ -105,18 +107,18 @@ def package_engine(
         allow_unverified: package an engine whose parity verdict is missing or failed.
         num_slots: sequences that are generated at the same time (rows of the key-value cache).
         max_queue: requests that may wait for a slot; further ones are refused with UNAVAILABLE.
-        prefill_chunk: most tokens of a prompt that are read in one step, 256 if not given: fewer let others wait less. Not for engines of
-            TensorRT-LLM, whose steps were sized when they were built.
+        prefill_chunk: most tokens of a prompt that are read in one step, 256 if not given: fewer let others wait less. Not
+            for engines of TensorRT-LLM, whose steps were sized when they were built.
         threads: threads of the runtime; its own choice when None. Not for engines of TensorRT-LLM.
         exclude_input_in_output: leave the prompt out of unstreamed answers unless a request says otherwise
             (clients of this interface expect it to be in).
-        mount: absolute path at which the repository will lie where it is served, /models if not given: TensorRT-LLM's backend is given the
-            engine's path. For its engines alone.
-        tokenizer: a folder or a tokenizer.json to take in place of the engine's; where the engine knows no token that ends a text,
-            the one that this tokenizer names.
+        mount: absolute path at which the repository will lie where it is served, /models if not given: TensorRT-LLM's
+            backend is given the engine's path. For its engines alone.
+        tokenizer: a folder or a tokenizer.json to take in place of the engine's; where the engine knows no token that ends a
+            text, the one that this tokenizer names.
         eos: the tokens that end a text, ids or the tokenizer's texts, in place of the engine's.
-        kv_cache_fraction: part of the GPU's free memory that TensorRT-LLM's backend takes for keys and values, above 0 to 1; 0.9 if not
-            given. For its engines alone.
+        kv_cache_fraction: part of the GPU's free memory that TensorRT-LLM's backend takes for keys and values, above 0 to 1;
+            0.9 if not given. For its engines alone.
 
     Returns:
         The repository's path.
@@ -244,18 +246,23 @@ def _check_batch(engine: Path, manifest: Manifest, num_slots: int) -> None:
         most = int(json.loads(text)["build_config"]["max_batch_size"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise PackagingError(
-            f"{manifest.name} has no readable config.json of trtllm-build", expected="build_config.max_batch_size",
-            found=f"{type(error).__name__}: {error}"[:300], remedy="Build the engine again.",
-        ) from error  # fmt: skip
+            f"{manifest.name} has no readable config.json of trtllm-build",
+            expected="build_config.max_batch_size",
+            found=f"{type(error).__name__}: {error}"[:300],
+            remedy="Build the engine again.",
+        ) from error
     if num_slots > most:
         raise PackagingError(
-            f"num_slots is above what {manifest.name} was built for", expected=f"at most {most} (max_batch_size)",
-            found=str(num_slots), remedy=f"Ask for {most} slots, or build the engine with a larger max_batch_size.",
-        )  # fmt: skip
+            f"num_slots is above what {manifest.name} was built for",
+            expected=f"at most {most} (max_batch_size)",
+            found=str(num_slots),
+            remedy=f"Ask for {most} slots, or build the engine with a larger max_batch_size.",
+        )
 
 
 def copy_code(version: Path, model: str, *templates: str, runtime: bool = False) -> None:
-    """What a Python model imports, under the names it has here: `model` of the templates as model.py, and those it needs beside it."""
+    """What a Python model imports, under the names it has here: `model` of the templates as model.py, and those it needs
+    beside it."""
     shutil.copyfile(_HERE / "templates" / model, version / "model.py")
     for name in (
         "interface.py",
@@ -288,7 +295,8 @@ def _graph_folder(manifest: Manifest) -> PurePosixPath:
 
 
 def _copy_engine(engine: Path, manifest: Manifest, target: Path) -> None:
-    """The manifest and the files it names in the graph's folder: nothing else that may lie there, and not what it was built from."""
+    """The manifest and the files it names in the graph's folder: nothing else that may lie there, and not what it was built
+    from."""
     for name in (n for n in manifest.files if PurePosixPath(n).is_relative_to(_graph_folder(manifest))):
         place = target / name
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -87,8 +87,8 @@ class TritonServer:
         stop_timeout: seconds that requests in flight get after SIGTERM.
 
     Raises:
-        ServerError: a port that cannot be had; the server did not start, or no inference succeeded in time: the log's tail is then
-            a note of the error.
+        ServerError: a port that cannot be had; the server did not start, or no inference succeeded in time: the log's tail
+            is then a note of the error.
         MissingPackageError: nvidia-pytriton is not installed.
     """
 
@@ -121,9 +121,11 @@ class TritonServer:
         chosen = [wanted for wanted in ports.values() if wanted]
         if len(set(chosen)) < len(chosen):
             raise ServerError(
-                "the server's ports", expected="three that differ", found=", ".join(map(str, ports.values())),
+                "the server's ports",
+                expected="three that differ",
+                found=", ".join(map(str, ports.values())),
                 remedy="choose others, or 0 for any that is free",
-            )  # fmt: skip
+            )
         self._work = Path()
         self._log_wanted = Path(log_path).absolute() if log_path is not None else None
         self.log_path = self._log_wanted or Path()
@@ -355,9 +357,11 @@ def _check_port(port: int) -> None:
             probe.bind((_HOST, port))
         except OSError as error:
             raise ServerError(
-                f"port {port} cannot be had on {_HOST}", expected="a free port", found=error.strerror or str(error),
+                f"port {port} cannot be had on {_HOST}",
+                expected="a free port",
+                found=error.strerror or str(error),
                 remedy="stop what listens there, or choose another (0: any that is free)",
-            ) from error  # fmt: skip
+            ) from error
 
 
 def _http_ok(url: str) -> bool:

@@ -38,7 +38,8 @@ NUMPY: dict[str, type[np.generic]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """A checked request. ``sampling`` holds keyword arguments of ``SamplingParams``, neutral ones left out; ``given`` every option as sent."""
+    """A checked request. ``sampling`` holds keyword arguments of ``SamplingParams``, neutral ones left out; ``given`` every
+    option as sent."""
 
     sampling: dict[str, Any]
     given: dict[str, Any] = field(default_factory=dict)
@@ -68,7 +69,8 @@ def check_range(row: Input, name: str, value: Any) -> None:
 
 
 def option_array(row: Input, name: str, value: Any) -> NDArray[Any]:
-    """The tensor [1, 1] of an input, in its dtype. Raises InputError for a value that it cannot hold as it is, or out of range."""
+    """The tensor [1, 1] of an input, in its dtype. Raises InputError for a value that it cannot hold as it is, or out of
+    range."""
     kind: np.dtype[Any] = np.dtype(NUMPY[row.dtype()])
     number: Any
     if kind.kind == "b":

@@ -15,7 +15,8 @@ _BACKENDS: dict[str, Backend] = {}
 
 
 def register(backend: Backend) -> None:
-    """Make a runtime known: targets may name it, and engines are built through `backend`. Raises TargetError for a name that is taken.
+    """Make a runtime known: targets may name it, and engines are built through `backend`. Raises TargetError for a name that
+    is taken.
 
     To run its engines here, register a runner too (`engines.runtime.engine.register_runner`).
     """

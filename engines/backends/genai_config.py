@@ -7,7 +7,8 @@ from ngpt.spec import NGPTSpec
 
 
 def genai_config(spec: NGPTSpec, target: Target, cache_channels: int) -> dict[str, Any]:
-    """The configuration, with model type "decoder" because onnxruntime-genai knows no "ngpt"; a cached head has `cache_channels`."""
+    """The configuration, with model type "decoder" because onnxruntime-genai knows no "ngpt"; a cached head has
+    `cache_channels`."""
     cuda = target.providers[0] == "CUDAExecutionProvider"
     eos = list(spec.eos_token_ids)
     pad = spec.pad_token_id if spec.pad_token_id is not None else (eos[0] if eos else 0)

@@ -53,9 +53,10 @@ def deployed(checkpoint: Checkpoint, precision: Precision) -> DeployedWeights:
 class Written:
     """What a backend left in the engine's folder.
 
-    graph: the file that the runtime loads, relative to the folder; None where only the ingredients of an engine were written, which a
-    tool that is not here makes into one. flags: what the manifest says beside the target's own fields. tools: versions, by name, of what
-    made it, where they are known only now. cache: how keys and values are kept, where that is not as the target says.
+    graph: the file that the runtime loads, relative to the folder; None where only the ingredients of an engine were
+    written, which a tool that is not here makes into one. flags: what the manifest says beside the target's own fields.
+    tools: versions, by name, of what made it, where they are known only now. cache: how keys and values are kept, where that
+    is not as the target says.
     """
 
     graph: str | None
@@ -75,7 +76,8 @@ class Backend(Protocol):
         """Versions of the packages that write its engines, by name. Raises MissingPackageError where one is not installed."""
 
     def check(self, spec: NGPTSpec, target: Target, parallel: Parallel) -> None:
-        """Raise TargetError or UnsupportedError where the target cannot hold this model: before weights are read or anything is written."""
+        """Raise TargetError or UnsupportedError where the target cannot hold this model: before weights are read or anything
+        is written."""
 
     def estimate(self, spec: NGPTSpec, target: Target, parallel: Parallel) -> int:
         """Bytes of disk that `write` takes at most."""
@@ -84,7 +86,8 @@ class Backend(Protocol):
         """Write the engine into an existing folder. Raises BuildError with the runtime's own reason."""
 
     def taps(self, manifest: Manifest, precision: Precision, checkpoint: Checkpoint, scratch: Path) -> TapFunction | None:
-        """Hidden states of an engine for the check layer by layer; None where a runtime shows none. `scratch` is a folder for files."""
+        """Hidden states of an engine for the check layer by layer; None where a runtime shows none. `scratch` is a folder
+        for files."""
 
     def outline(self, job: Job, folder: Path) -> list[str]:
         """What `write` would do, in lines, for a dry run."""

@@ -118,7 +118,8 @@ def lowering(target: Target) -> type[TensorRT]:
 
 
 def _profile(builder: Any, spec: NGPTSpec, library: Library, sizes: Profile, index: int) -> Any:
-    """PREFILL: one sequence, up to prefill_tokens tokens, any of their logits. DECODE: up to decode_batch sequences, one token."""
+    """PREFILL: one sequence, up to prefill_tokens tokens, any of their logits. DECODE: up to decode_batch sequences, one
+    token."""
     batch, tokens = (1, sizes.prefill_tokens) if index == PREFILL else (sizes.decode_batch, 1)
     profile = builder.create_optimization_profile()
 

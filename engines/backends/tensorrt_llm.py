@@ -44,7 +44,8 @@ _MODEL_FILE = Path(export.trtllm.__file__).with_name("model_file.py")
 
 
 class TensorRTLLMBackend:
-    """Engines of TensorRT-LLM's engine flow: always a checkpoint in its format, and an engine where `trtllm-build` is installed."""
+    """Engines of TensorRT-LLM's engine flow: always a checkpoint in its format, and an engine where `trtllm-build` is
+    installed."""
 
     runtime = RUNTIMES["tensorrt_llm"]
 
@@ -109,10 +110,10 @@ def converted_bytes(spec: NGPTSpec, target: Target, parallel: Parallel) -> int:
 def build_arguments(spec: NGPTSpec, target: Target, parallel: Parallel) -> list[str]:
     """Options of trtllm-build, folders excepted.
 
-    Packed tokens and a paged cache allow in-flight batching; paged context attention, chunked prefill. FP8 attention stays off: it wants
-    a scale of the attention's output that only TensorRT-LLM's own attention module carries. So does paged context attention over an fp8
-    cache, which the builder gives up without fp8 weights and for which it turns FP8 attention on with them (builder.py, `build`): with that
-    cache it is off, and a prompt is one step. There is no float32 fused attention.
+    Packed tokens and a paged cache allow in-flight batching; paged context attention, chunked prefill. FP8 attention stays
+    off: it wants a scale of the attention's output that only TensorRT-LLM's own attention module carries. So does paged
+    context attention over an fp8 cache, which the builder gives up without fp8 weights and for which it turns FP8 attention
+    on with them (builder.py, `build`): with that cache it is off, and a prompt is one step. There is no float32 fused attention.
     """
     assert target.profile is not None
     dtype = target.precision.arithmetic
@@ -142,16 +143,17 @@ def instructions(target: Target, parallel: Parallel) -> str:
     """BUILD.md."""
     return f"""# Building this checkpoint with TensorRT-LLM {VERSION}
 
-`checkpoint/` is in TensorRT-LLM's format, for {parallel.tp} x {parallel.pp} (tensor x pipeline parallel) cards of the target `{target.name}`.
-In NVIDIA's TensorRT-LLM release container, version {VERSION}, on a machine with that card, with this folder and the ngpt-deploy sources
-mounted:
+`checkpoint/` is in TensorRT-LLM's format, for {parallel.tp} x {parallel.pp} (tensor x pipeline parallel) cards of the target
+`{target.name}`. In NVIDIA's TensorRT-LLM release container, version {VERSION}, on a machine with that card, with this folder and
+the ngpt-deploy sources mounted:
 
     pip install --no-deps /path/to/ngpt-deploy
     ./build.sh                    # trtllm-build, writes engine/
 
 `--no-deps` matters: this version of TensorRT-LLM pins transformers 4, which the model class does not need.
 
-Serve `engine/` with TensorRT-LLM's Triton backend, whose C++ reads the engine's configuration itself and needs nothing of ngpt-deploy;
+Serve `engine/` with TensorRT-LLM's Triton backend, whose C++ reads the engine's configuration itself and needs nothing of
+ngpt-deploy;
 tokenizer files are beside this file. `trtllm-serve` and `tensorrt_llm.runtime.ModelRunnerCpp` read it in Python and look its
 architecture up in a table: they find it after `import export.trtllm.model` in the same process.
 `scripts/verify_on_vendor_container.sh` of ngpt-deploy does all of this and compares logits with PyTorch.
@@ -188,10 +190,11 @@ def _run(program: str, work: Path, arguments: list[str], parallel: Parallel) -> 
     missing = [f"rank{rank}.engine" for rank in range(parallel.world) if not (work / "engine" / f"rank{rank}.engine").is_file()]
     if done.returncode or missing:
         raise BuildError(
-            f"{_PROGRAM} failed", expected=f"exit code 0 and {parallel.world} engine file(s)",
+            f"{_PROGRAM} failed",
+            expected=f"exit code 0 and {parallel.world} engine file(s)",
             found=f"exit code {done.returncode}, without {', '.join(missing) or 'none'}; its last lines: {tail.strip()}",
             remedy="see its messages; --dry-run prints the command",
-        )  # fmt: skip
+        )
     config: dict[str, Any] = json.loads((work / "engine" / "config.json").read_text(encoding="utf-8"))
     return str(config["version"])
 

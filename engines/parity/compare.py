@@ -94,7 +94,8 @@ class Distance:
     """How far a run is from a reference, per position [T] of one sequence.
 
     ``kl``: KL(reference || run) in nats. ``rms`` and ``max_abs``: of the logit difference. ``cosine``,
-    ``logit_angle`` (radians) and ``norm_ratio``: of the logit vectors. ``margin``: the reference's gap between its two largest logits.
+    ``logit_angle`` (radians) and ``norm_ratio``: of the logit vectors. ``margin``: the reference's gap between its two
+    largest logits.
     ``top1``: same first choice. ``nll``: -log p of the next token in (reference, run), [T - 1]. ``angles``: tap name
     to the angle in radians between the two hidden states, [T].
     """

@@ -15,8 +15,8 @@ from ngpt.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class Effect:
-    """Over ``positions`` of ``sequences``, ``texts`` of them text: KL(before || after) in nats, largest change of a logit, and the
-    share of positions whose first choice stayed."""
+    """Over ``positions`` of ``sequences``, ``texts`` of them text: KL(before || after) in nats, largest change of a logit,
+    and the share of positions whose first choice stayed."""
 
     positions: int
     sequences: int
@@ -30,7 +30,8 @@ class Effect:
     def __str__(self) -> str:
         kind = f"{self.texts} of them text" if self.texts else "all of them random tokens: there is no tokenizer"
         return (
-            f"KL {self.kl_mean:.3g} nat in the mean and {self.kl_max:.3g} at most, logits moved by at most {self.max_abs_logit:.3g} "
+            f"KL {self.kl_mean:.3g} nat in the mean and {self.kl_max:.3g} at most, "
+            f"logits moved by at most {self.max_abs_logit:.3g} "
             f"(the largest is {self.largest_logit:.3g}), first choice the same at {self.top1_agreement:.1%} of {self.positions} "
             f"positions of {self.sequences} sequences, {kind}"
         )

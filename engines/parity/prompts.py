@@ -44,10 +44,10 @@ def make_sequences(
 ) -> list[TokenSequence]:
     """Sequences of prompt + ``decode_steps`` tokens, none longer than ``max_length``.
 
-    Without a number of steps there are `DECODE_STEPS`, or half of ``max_length`` where that is less: the other half is the prompt's.
-    Given prompts (text, or token ids) are continued by the reference's greedy choice. By default there are three
-    random-token sequences (more where the model's length is short), which visit directions that text never does, and two of text if the checkpoint has a
-    tokenizer. Raises `ConfigError` for unusable prompts or lengths.
+    Without a number of steps there are `DECODE_STEPS`, or half of ``max_length`` where that is less: the other half is the
+    prompt's. Given prompts (text, or token ids) are continued by the reference's greedy choice. By default there are three
+    random-token sequences (more where the model's length is short), which visit directions that text never does, and two of
+    text if the checkpoint has a tokenizer. Raises `ConfigError` for unusable prompts or lengths.
     """
     if max_length < 2:
         raise ConfigError(

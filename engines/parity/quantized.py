@@ -34,8 +34,8 @@ def every_projection(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How an engine is quantised: weights to ``bits`` in blocks of ``block_size``, and activations to int8 in blocks of ``activation_block``,
-    or not (None).
+    """How an engine is quantised: weights to ``bits`` in blocks of ``block_size``, and activations to int8 in blocks of
+    ``activation_block``, or not (None).
 
     ``head_bits``, ``head_block``: of the language-model head, where they differ. ``narrow_embedding``: the embedding table is
     stored as float16. ``float8``: the codes are float8_e4m3fn instead of integers.

@@ -26,7 +26,8 @@ DTYPES = {
 
 @contextlib.contextmanager
 def loadable_folder(checkpoint: Checkpoint) -> Iterator[Path]:
-    """A temporary Hugging Face folder with this checkpoint as transformers wants it: a converted research file, or links to the files.
+    """A temporary Hugging Face folder with this checkpoint as transformers wants it: a converted research file, or links to
+    the files.
 
     Its config is the one that was understood, without what other tools left in the original, and its index is complete.
     """

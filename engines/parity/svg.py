@@ -1,4 +1,5 @@
-"""A small line chart: its data and its coordinates. The template `templates/chart.svg.j2` draws it; no plotting library is needed."""
+"""A small line chart: its data and its coordinates. The template `templates/chart.svg.j2` draws it; no plotting library is
+needed."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over their index, with a logarithmic y axis; ``marks`` are labelled vertical lines. Coordinates are SVG user units."""
+    """Lines over their index, with a logarithmic y axis; ``marks`` are labelled vertical lines. Coordinates are SVG user
+    units."""
 
     title: str
     x_label: str

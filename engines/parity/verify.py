@@ -69,8 +69,8 @@ def verify(
             checkpoint has a tokenizer.
         decode_steps: tokens decoded after each prompt; 64 unless given, or half the model's length where that is less.
         seed: of the random tokens.
-        precision: what the engine computes in and stores, itself or by its name in ``runtime``. Unless given: what the manifest says,
-            else float32 everywhere.
+        precision: what the engine computes in and stores, itself or by its name in ``runtime``. Unless given: what the
+            manifest says, else float32 everywhere.
         runtime: the runtime in whose words ``precision`` is; what the manifest says, else "onnxruntime".
         quantization: another idea of the engine's weights than ``precision`` gives.
         taps: gives the engine's hidden states for the check layer by layer: token ids [T] to name -> float32 [T, E].

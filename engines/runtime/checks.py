@@ -18,9 +18,11 @@ def as_tokens(prompt: Sequence[int] | Tokens, vocab_size: int) -> Tokens:
         tokens = np.empty((1, 0))
     if tokens.ndim != 1:
         raise RequestError(
-            "the prompt is not a list of token ids", expected="one dimension", found=f"{tokens.ndim} dimensions",
+            "the prompt is not a list of token ids",
+            expected="one dimension",
+            found=f"{tokens.ndim} dimensions",
             remedy="Pass one list of integers per request.",
-        )  # fmt: skip
+        )
     if not len(tokens):
         raise RequestError("the prompt is empty", expected="at least one token", remedy="Begin with the bos token.")
     if tokens.dtype.kind not in "iu":
@@ -28,9 +30,11 @@ def as_tokens(prompt: Sequence[int] | Tokens, vocab_size: int) -> Tokens:
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocab_size:
         raise RequestError(
-            "a token id is out of range", expected=f"0 to {vocab_size - 1}", found=str(low if low < 0 else high),
+            "a token id is out of range",
+            expected=f"0 to {vocab_size - 1}",
+            found=str(low if low < 0 else high),
             remedy="Tokenise with the engine's own tokenizer.",
-        )  # fmt: skip
+        )
     return tokens.astype(np.int64)
 
 
@@ -43,10 +47,11 @@ def check_room(prompt_tokens: int, new_tokens: int, limit: int) -> None:
         )
     if prompt_tokens + new_tokens > limit:
         raise RequestError(
-            "prompt and new tokens together do not fit the engine", expected=f"at most {limit} tokens",
+            "prompt and new tokens together do not fit the engine",
+            expected=f"at most {limit} tokens",
             found=f"{prompt_tokens} + {new_tokens}",
             remedy=f"Shorten the prompt, or ask for at most {limit - prompt_tokens} new tokens.",
-        )  # fmt: skip
+        )
 
 
 def check_shape(logits: Logits, wanted: tuple[int, ...]) -> None:

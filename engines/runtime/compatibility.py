@@ -36,27 +36,32 @@ def problems(
     if tensorrt_version not in (None, built):
         found.append(
             EngineFileError(
-                f"the plan of {manifest.name} is locked to the version of {runtime} that built it", expected=built,
-                found=str(tensorrt_version), remedy=f"Install {runtime} {built}, or build the engine again with this version.",
+                f"the plan of {manifest.name} is locked to the version of {runtime} that built it",
+                expected=built,
+                found=str(tensorrt_version),
+                remedy=f"Install {runtime} {built}, or build the engine again with this version.",
             )
-        )  # fmt: skip
+        )
     wanted = manifest.flags.get("compute_capability")
     if wanted is not None and compute_capability not in (None, wanted):
         found.append(
             EngineFileError(
-                f"the plan of {manifest.name} was built for another GPU", expected=f"compute capability {wanted}",
-                found=str(compute_capability), remedy=_REBUILD,
+                f"the plan of {manifest.name} was built for another GPU",
+                expected=f"compute capability {wanted}",
+                found=str(compute_capability),
+                remedy=_REBUILD,
             )
-        )  # fmt: skip
+        )
     needed = memory_needed(manifest, 1)
     if memory_bytes is not None and memory_bytes < needed:
         found.append(
             EngineFileError(
                 f"{manifest.name} does not fit the device's memory",
-                expected=f"at least {needed} bytes (plan, and the cache of one sequence)", found=f"{memory_bytes} bytes",
+                expected=f"at least {needed} bytes (plan, and the cache of one sequence)",
+                found=f"{memory_bytes} bytes",
                 remedy="Free memory, use a larger device, or build with a smaller precision or maximum length.",
             )
-        )  # fmt: skip
+        )
     return found
 
 
@@ -69,9 +74,11 @@ def check_slots(manifest: Manifest, num_slots: int) -> None:
     limit = flag(manifest, "decode_batch")
     if num_slots > limit:
         raise EngineFileError(
-            f"num_slots is above what {manifest.name} was built for", expected=f"at most {limit} (decode_batch)",
-            found=str(num_slots), remedy=f"Ask for {limit} slots, or build the engine with a larger decode_batch.",
-        )  # fmt: skip
+            f"num_slots is above what {manifest.name} was built for",
+            expected=f"at most {limit} (decode_batch)",
+            found=str(num_slots),
+            remedy=f"Ask for {limit} slots, or build the engine with a larger decode_batch.",
+        )
 
 
 def slots_for(manifest: Manifest, wanted: int) -> int:
@@ -84,9 +91,11 @@ def flag(manifest: Manifest, name: str) -> int:
     value = manifest.flags.get(name)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise EngineFileError(
-            f"manifest field 'flags.{name}'", expected="an integer of at least 1", found=repr(value),
+            f"manifest field 'flags.{name}'",
+            expected="an integer of at least 1",
+            found=repr(value),
             remedy="Build the engine again; do not edit the manifest by hand.",
-        )  # fmt: skip
+        )
     return value
 
 

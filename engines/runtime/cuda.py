@@ -31,9 +31,11 @@ class Cuda:
             self._runtime: Any = importlib.import_module("cuda.bindings.runtime")
         except ImportError as error:
             raise MissingRuntimeError(
-                "the library cuda-bindings", expected="installed", found="not installed",
+                "the library cuda-bindings",
+                expected="installed",
+                found="not installed",
                 remedy="Run: pip install 'cuda-bindings>=13'",
-            ) from error  # fmt: skip
+            ) from error
         self._device: list[int] = []
         self._host: list[int] = []
         self._stream: Any = None

@@ -97,8 +97,8 @@ class Engine:
 
         Args:
             input_ids: token ids, int64 [B, T].
-            attention_mask: [B, T], 1 for tokens and 0 for padding, on the left or on the right of a row. A token's position is the
-                number of tokens before it in its row.
+            attention_mask: [B, T], 1 for tokens and 0 for padding, on the left or on the right of a row. A token's position
+                is the number of tokens before it in its row.
 
         Returns:
             float32 [B, T, V]; 0.0 at padded places.
@@ -265,8 +265,8 @@ def load_engine(
         path: the folder.
         num_slots: sequences that are worked on at a time; 8 unless given, or fewer if it was built for fewer.
         threads: CPU threads of the runtime; its own choice unless given.
-        prefill_chunk: the most tokens of a prompt that are read in one step. Other requests wait for a step: a smaller number answers
-            them sooner, a larger one reads long prompts faster.
+        prefill_chunk: the most tokens of a prompt that are read in one step. Other requests wait for a step: a smaller
+            number answers them sooner, a larger one reads long prompts faster.
         max_queue: requests that may wait for a slot; further ones are refused with CapacityError.
         verify_files: compare every file's SHA-256 with the manifest's; without it the size alone.
 
@@ -316,9 +316,10 @@ def open_runner(folder: Path, manifest: Manifest, num_slots: int, threads: int |
         raise
     except MemoryError as error:
         raise RunnerError(
-            f"the engine {manifest.name[:200]} does not fit this machine's memory", found=str(error)[:200],
+            f"the engine {manifest.name[:200]} does not fit this machine's memory",
+            found=str(error)[:200],
             remedy=f"Ask for fewer slots than {num_slots}, or use a machine with more memory.",
-        ) from error  # fmt: skip
+        ) from error
     except Exception as error:  # a manifest and a graph that contradict each other end in the runtime's own errors
         raise EngineFileError(
             f"the engine {manifest.name[:200]} cannot be loaded", found=f"{type(error).__name__}: {error}"[:500], remedy=remedy

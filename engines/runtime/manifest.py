@@ -110,9 +110,9 @@ class FileEntry:
 class Manifest:
     """What an engine folder holds and where it came from. Raises EngineFileError on a bad field.
 
-    `generation` holds the sampling settings of the checkpoint's generation_config.json under its names (temperature, top_p, ...), for
-    endpoints that apply a model's own defaults. `precision` says what `target.precision` stands for: the types and formats of
-    `export.precision.Precision.describe`, empty in an engine of version 0.1.
+    `generation` holds the sampling settings of the checkpoint's generation_config.json under its names (temperature, top_p,
+    ...), for endpoints that apply a model's own defaults. `precision` says what `target.precision` stands for: the types and
+    formats of `export.precision.Precision.describe`, empty in an engine of version 0.1.
     """
 
     name: str
@@ -258,7 +258,8 @@ def contained_path(folder: str | Path, name: str) -> Path:
 
 
 def verify_files(folder: str | Path, manifest: Manifest, *, digests: bool = True, progress: Progress | None = None) -> None:
-    """Compares every listed file with its size and, unless `digests` is False, its SHA-256. All sizes come first: they cost nothing.
+    """Compares every listed file with its size and, unless `digests` is False, its SHA-256. All sizes come first: they cost
+    nothing.
 
     Raises EngineFileError naming the first bad one.
     """
@@ -287,7 +288,8 @@ def verify_files(folder: str | Path, manifest: Manifest, *, digests: bool = True
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
-    """The bytes of a file of at most `limit` bytes. Raises EngineFileError for a larger one, unread, and one that cannot be read."""
+    """The bytes of a file of at most `limit` bytes. Raises EngineFileError for a larger one, unread, and one that cannot be
+    read."""
     with _reading(path), path.open("rb") as stream:
         raw = stream.read(limit + 1)
     if len(raw) > limit:

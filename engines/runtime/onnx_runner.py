@@ -114,9 +114,11 @@ def _cache_channels(session: Any, manifest: Manifest) -> int:
 
 def _contradiction(manifest: Manifest, expected: str, found: str) -> EngineFileError:
     return EngineFileError(
-        f"the graph of {manifest.name[:200]} is not the one that its manifest describes", expected=expected, found=found[:300],
+        f"the graph of {manifest.name[:200]} is not the one that its manifest describes",
+        expected=expected,
+        found=found[:300],
         remedy="Build the engine again; do not edit the manifest by hand.",
-    )  # fmt: skip
+    )
 
 
 class _SharedCache:
@@ -208,15 +210,20 @@ def _open_session(graph: Path, providers: Sequence[str], threads: int | None) ->
         import onnxruntime
     except ImportError as error:
         raise MissingRuntimeError(
-            "this engine runs on ONNX Runtime", expected="onnxruntime installed", found="not installed",
+            "this engine runs on ONNX Runtime",
+            expected="onnxruntime installed",
+            found="not installed",
             remedy="Run: pip install onnxruntime",
-        ) from error  # fmt: skip
+        ) from error
     available = onnxruntime.get_available_providers()
     if providers[0] not in available:
         raise EngineFileError(
-            f"this engine needs ONNX Runtime's {providers[0]}", expected=providers[0], found=", ".join(available),
-            remedy="Run, on a machine with a GPU: pip install onnxruntime-gpu (the extra onnx-gpu). Or build the engine for a cpu target.",
-        )  # fmt: skip
+            f"this engine needs ONNX Runtime's {providers[0]}",
+            expected=providers[0],
+            found=", ".join(available),
+            remedy="Run, on a machine with a GPU: pip install onnxruntime-gpu (the extra onnx-gpu). "
+            "Or build the engine for a cpu target.",
+        )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if threads:

@@ -65,9 +65,11 @@ class Rows:
         length = int(self.lengths[row]) + tokens
         if length > self.max_length:
             raise CapacityError(
-                "the sequence does not fit the engine", expected=f"at most {self.max_length} tokens", found=str(length),
+                "the sequence does not fit the engine",
+                expected=f"at most {self.max_length} tokens",
+                found=str(length),
                 remedy="shorten the prompt or ask for fewer tokens",
-            )  # fmt: skip
+            )
 
     def block(self, slots: Sequence[int]) -> Block:
         """The block of rows that covers `slots`, for a step of one token each. Raises CapacityError.

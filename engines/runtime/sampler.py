@@ -112,13 +112,16 @@ class Sampler:
     def _refuse(self, logits: Row) -> None:
         if np.isnan(logits).any() or np.isposinf(logits).any() or np.isneginf(logits).all():
             raise RunnerError(
-                "the model's logits are not numbers", expected="finite values", found="NaN or Inf",
+                "the model's logits are not numbers",
+                expected="finite values",
+                found="NaN or Inf",
                 remedy="Verify the engine against its checkpoint.",
-            )  # fmt: skip
+            )
         raise RequestError(
-            "every token is forbidden", expected="at least one token left to choose",
+            "every token is forbidden",
+            expected="at least one token left to choose",
             remedy="Shorten bad_sequences, or lower min_new_tokens.",
-        )  # fmt: skip
+        )
 
     def _remember(self, token: int) -> None:
         self.output.append(token)

@@ -34,12 +34,13 @@ class SamplingParams:
         min_p: tokens with less than this share of the largest probability are not drawn (arXiv:2407.01082); 0 is no limit.
         repetition_penalty: logits of tokens in prompt or output are divided by it when positive, multiplied when negative
             (Hugging Face; CTRL paper). 1 is neutral.
-        presence_penalty: subtracted once from each distinct token of the output (OpenAI). The prompt does not count. 0 is neutral.
+        presence_penalty: subtracted once from each distinct token of the output (OpenAI). The prompt does not count. 0 is
+            neutral.
         frequency_penalty: subtracted from a token once per occurrence in the output (OpenAI). 0 is neutral.
         min_new_tokens: the first so many tokens cannot be end tokens, and stop sequences do not stop before so many are out.
         stop_sequences: token sequences; the request ends with "stop" when its output ends in one of these.
-        bad_sequences: token sequences; the last token of each is impossible when it would complete the sequence, which may begin in
-            the prompt.
+        bad_sequences: token sequences; the last token of each is impossible when it would complete the sequence, which may
+            begin in the prompt.
         seed: of the request's random generator, an unsigned 64-bit number; None draws one from the system.
         eos_token_ids: the tokens that end a text.
         ignore_eos: whether to go on after an end token.
@@ -112,9 +113,10 @@ class SamplingParams:
         unknown = sorted(set(options) - set(cls.option_names()))
         if unknown:
             raise RequestError(
-                f"unsupported option {', '.join(unknown)}", expected=f"some of {', '.join(cls.option_names())}",
+                f"unsupported option {', '.join(unknown)}",
+                expected=f"some of {', '.join(cls.option_names())}",
                 remedy="Leave it out.",
-            )  # fmt: skip
+            )
         return cls(**options)
 
     def check_vocabulary(self, vocab_size: int) -> None:

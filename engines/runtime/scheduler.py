@@ -106,9 +106,11 @@ class Scheduler:
             if len(self._queue) >= self.max_queue:
                 self._count.rejected += 1
                 raise CapacityError(
-                    "the queue is full", expected=f"fewer than {self.max_queue} waiting requests",
-                    found=str(len(self._queue)), remedy="Try again later.",
-                )  # fmt: skip
+                    "the queue is full",
+                    expected=f"fewer than {self.max_queue} waiting requests",
+                    found=str(len(self._queue)),
+                    remedy="Try again later.",
+                )
             self._count.requests += 1
             self._queue.append(handle)
             self._state.notify_all()

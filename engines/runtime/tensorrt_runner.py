@@ -1,8 +1,8 @@
 """Runs a TensorRT or TensorRT-RTX plan for the scheduler: many sequences, each in a row of one key-value cache.
 
 The plan has two optimisation profiles, 0 for reading one prompt and 1 for a decode step of several sequences, and takes
-int32 input_ids and position_ids [B, S], lengths and write_at [B], logit_rows [R] beside the cache; it returns logits float32 [R, V]. The
-plan's reader and the device are told apart from the rest: `Plan` is TensorRT's side, `Cuda` the memory.
+int32 input_ids and position_ids [B, S], lengths and write_at [B], logit_rows [R] beside the cache; it returns logits float32
+[R, V]. The plan's reader and the device are told apart from the rest: `Plan` is TensorRT's side, `Cuda` the memory.
 
 Contract-tested; not executed on a GPU.
 """
@@ -168,9 +168,9 @@ class _Inputs:
 class _Cache:
     """Keys and values: a device buffer [slots, K, max_length, D] for each layer and kind.
 
-    In place, the plan writes into the buffer it reads. With separate past and present it writes into a second one, and `keep` copies the
-    block of rows back. Swapping the two instead would save that copy, but then rows outside the step's block would lie in
-    the other buffer and every row would need to know which is its own.
+    In place, the plan writes into the buffer it reads. With separate past and present it writes into a second one, and
+    `keep` copies the block of rows back. Swapping the two instead would save that copy, but then rows outside the step's
+    block would lie in the other buffer and every row would need to know which is its own.
     """
 
     def __init__(self, cuda: Cuda, manifest: Manifest, slots: int) -> None:
@@ -273,9 +273,11 @@ def _library(runtime: str) -> Any:
         return importlib.import_module(runtime)
     except ImportError as error:
         raise MissingRuntimeError(
-            f"the library {runtime}", expected="installed", found="not installed",
+            f"the library {runtime}",
+            expected="installed",
+            found="not installed",
             remedy=f"Run: pip install {PACKAGES[runtime]}",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _log(library: Any) -> Any:
@@ -309,9 +311,11 @@ def _check(library: Any, engine: Any, manifest: Manifest) -> None:
     def refuse(what: str, expected: object, found: object) -> None:
         if expected != found:
             raise EngineFileError(
-                f"{manifest.graph} is not what its manifest says: {what}", expected=str(expected), found=str(found),
+                f"{manifest.graph} is not what its manifest says: {what}",
+                expected=str(expected),
+                found=str(found),
                 remedy="Build the engine again.",
-            )  # fmt: skip
+            )
 
     names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
     refuse("inputs and outputs", sorted(types), sorted(names))

@@ -13,12 +13,13 @@ from export.precision import Precision
 from export.quantize import FLOAT8_LARGEST
 from export.trtllm.config import trtllm_config
 from export.trtllm.fp8 import activation_scale, cache_scale, weight_scale
-from export.trtllm.layout import MODULES, Entry, Part, rank_layout
+from export.trtllm.layout import PLACES, Entry, Part, rank_layout
 from export.trtllm.parallel import Parallel
 from export.trtllm.rank_file import RankFile
 from export.weights import Array, DeployedWeights
 from ngpt.errors import UnsupportedError
 from ngpt.progress import Progress, silent
+from ngpt.tensor_names import Name
 
 _BLOCK = 1 << 22  # elements rounded at once
 _SCALES = ("weights_scaling_factor", "activation_scaling_factor")
@@ -87,13 +88,13 @@ class _Scales:
         self._known: dict[str, tuple[float, float]] = {}
 
     def of(self, source: str) -> tuple[float, float]:
-        layer, _, product = source.removesuffix(".weight").rpartition(".attn." if ".attn." in source else ".mlp.")
-        part = ("attn." if ".attn." in source else "mlp.") + product
-        module = f"{layer}.{MODULES[part]}"
-        if module not in self._known:
-            names = [f"{layer}.{other}.weight" for other, its in MODULES.items() if its == MODULES[part]]
-            self._known[module] = weight_scale(self._weights, names), activation_scale(self._weights, f"{layer}.{part}")
-        return self._known[module]
+        number, part, _ = Name.of(source)
+        layer, module = f"layers.{number}", PLACES[part].module
+        key = f"{layer}.{module}"
+        if key not in self._known:
+            names = [f"{layer}.{other}.weight" for other, place in PLACES.items() if place.module == module]
+            self._known[key] = weight_scale(self._weights, names), activation_scale(self._weights, f"{layer}.{part}")
+        return self._known[key]
 
 
 def _by_source(layouts: list[dict[str, Entry]]) -> dict[str, list[tuple[int, str, Entry, Part]]]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from export.quantize import FLOAT8_LARGEST
 from export.weights import Array, DeployedWeights
-from ngpt.checkpoint.values import OFF_SPHERE_LIMIT
+from ngpt.checkpoint.value_checks import OFF_SPHERE_LIMIT
 from ngpt.errors import UnsupportedError
 
 

@@ -15,14 +15,46 @@ from typing import Literal
 
 from export.trtllm.parallel import Parallel
 from export.weights import DeployedWeights
+from ngpt.errors import UnsupportedError
+from ngpt.tensor_names import Name
 
 Kind = Literal["matrix", "stored", "vector"]
 """A matrix may be quantised; what is stored has the engine's type; a vector (and a scale) is float32."""
-MODULES = {
-    "attn.q": "attention.qkv", "attn.k": "attention.qkv", "attn.v": "attention.qkv", "attn.o": "attention.dense",
-    "mlp.up": "mlp.fc", "mlp.gate": "mlp.gate", "mlp.down": "mlp.proj",
-}  # fmt: skip
-"""Canonical product -> module of TensorRT-LLM's own names, which its quantisation goes by."""
+Share = Literal["query heads", "key heads", "inner", "vocabulary", "whole"]
+"""What a rank holds of an axis: the channels of its heads, its part of the MLP, its rows of the vocabulary; or all of it."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a part of the network goes: the module (of a layer, or of the model), and how the rows or `columns` are divided."""
+
+    module: str
+    share: Share
+    columns: bool = False
+
+
+PLACES = {
+    "embed": Place("transformer.vocab_embedding.weight", "vocabulary"),
+    "attn.q": Place("attention.qkv", "query heads"),
+    "attn.k": Place("attention.qkv", "key heads"),
+    "attn.v": Place("attention.qkv", "key heads"),
+    "attn.q_scale": Place("attention.q_scale", "query heads"),
+    "attn.o": Place("attention.dense", "query heads", columns=True),
+    "attn.lr": Place("attention.lr", "whole"),
+    "mlp.up": Place("mlp.fc", "inner"),
+    "mlp.gate": Place("mlp.gate", "inner"),
+    "mlp.down": Place("mlp.proj", "inner", columns=True),
+    "mlp.lr": Place("mlp.lr", "whole"),
+    "head": Place("lm_head", "vocabulary"),
+}
+"""Canonical part -> place. Modules have TensorRT-LLM's own names, which its quantisation goes by; parts of one module lie below each other."""
+
+
+def place_of(part: str) -> Place:
+    """The place of a canonical part. Raises UnsupportedError where this converter knows none."""
+    if part not in PLACES:
+        raise UnsupportedError(f"the tensor {part} in TensorRT-LLM", expected=", ".join(PLACES), found=part)
+    return PLACES[part]
 
 
 @dataclass(frozen=True)
@@ -45,52 +77,42 @@ class Entry:
 
 
 def rank_layout(weights: DeployedWeights, parallel: Parallel, rank: int) -> dict[str, Entry]:
-    """Tensors of world rank `rank`, scales of quantisation excepted: name -> Entry."""
+    """Tensors of world rank `rank`, scales of quantisation excepted: name -> Entry. Raises UnsupportedError for a tensor without a place."""
     spec = weights.spec
     stage, tp_rank = divmod(rank, parallel.tp)
-    heads = _channels(parallel.query_heads(tp_rank, spec.num_heads), spec.head_dim)
-    keys = _channels(parallel.key_heads(tp_rank, spec.num_kv_heads), spec.head_dim)
-    inner = _share(spec.intermediate_size, parallel.tp, tp_rank)
+    layers, ends = parallel.layers(stage, spec.num_layers), {"embed": 0, "head": parallel.pp - 1}
     each = math.ceil(spec.vocab_size / parallel.tp)
-    vocabulary = range(tp_rank * each, min((tp_rank + 1) * each, spec.vocab_size))
-    table = (each, spec.hidden_size)
+    shares: dict[Share, range | None] = {
+        "query heads": _channels(parallel.query_heads(tp_rank, spec.num_heads), spec.head_dim),
+        "key heads": _channels(parallel.key_heads(tp_rank, spec.num_kv_heads), spec.head_dim),
+        "inner": _share(spec.intermediate_size, parallel.tp, tp_rank),
+        "vocabulary": range(tp_rank * each, min((tp_rank + 1) * each, spec.vocab_size)),
+        "whole": None,
+    }
     layout: dict[str, Entry] = {}
-    if stage == 0:
-        layout["transformer.vocab_embedding.weight"] = Entry("stored", table, (Part("embed", vocabulary),))
-    for local, layer in enumerate(parallel.layers(stage, spec.num_layers)):
-        source, target = f"layers.{layer}.", f"transformer.layers.{local}."
-        for kind in ("weight", "bias"):
-            rows = [
-                (f"{source}attn.{part}.{kind}", part_rows) for part, part_rows in zip("qkv", (heads, keys, keys), strict=True)
-            ]
-            _divide_rows(layout, weights, f"{target}attention.qkv.{kind}", rows)
-            for part in ("up", "gate"):
-                module = MODULES[f"mlp.{part}"]
-                _divide_rows(layout, weights, f"{target}{module}.{kind}", [(f"{source}mlp.{part}.{kind}", inner)])
-        for part, columns in (("attn.o", heads), ("mlp.down", inner)):
-            name = f"{target}{MODULES[part]}"
-            shape = (spec.hidden_size, len(columns))
-            layout[f"{name}.weight"] = Entry("matrix", shape, (Part(f"{source}{part}.weight", None, columns),))
-            if weights.has(f"{source}{part}.bias"):
-                layout[f"{name}.bias"] = Entry("stored", shape[:1], (Part(f"{source}{part}.bias"),))
-        layout[f"{target}attention.q_scale"] = Entry("vector", (len(heads),), (Part(f"{source}attn.q_scale", heads),))
-        for part, module in (("attn", "attention"), ("mlp", "mlp")):
-            layout[f"{target}{module}.lr"] = Entry("vector", (spec.hidden_size,), (Part(f"{source}{part}.lr"),))
-    if stage == parallel.pp - 1:
-        layout["lm_head.weight"] = Entry("stored", table, (Part("head.weight", vocabulary),))
+    for source in weights.names():
+        layer, part, kind = Name.of(source)
+        place = place_of(part)
+        if stage != ends.get(part, stage) or (layer is not None and layer not in layers):
+            continue
+        target = place.module + (f".{kind}" if kind else "")
+        if layer is not None:
+            target = f"transformer.layers.{layers.index(layer)}.{target}"
+        share, shape = shares[place.share], weights.shape(source)
+        rows, columns = (None, share if len(shape) > 1 else None) if place.columns else (share, None)
+        above = layout.get(target)
+        at = above.shape[0] if above else 0
+        height = each if place.share == "vocabulary" else shape[0] if rows is None else len(rows)
+        width = shape[1:] if columns is None else (len(columns),)
+        parts = (*(above.parts if above else ()), Part(source, rows, columns, at))
+        layout[target] = Entry(_kind(place, kind, shape), (at + height, *width), parts)
     return layout
 
 
-def _divide_rows(layout: dict[str, Entry], weights: DeployedWeights, name: str, sources: list[tuple[str, range]]) -> None:
-    """Rows of one or several canonical tensors below each other, where the network has them."""
-    if not weights.has(sources[0][0]):
-        return
-    parts, at = [], 0
-    for source, rows in sources:
-        parts.append(Part(source, rows, None, at))
-        at += len(rows)
-    rest = weights.shape(sources[0][0])[1:]
-    layout[name] = Entry("matrix" if rest else "stored", (at, *rest), tuple(parts))
+def _kind(place: Place, kind: str, shape: tuple[int, ...]) -> Kind:
+    if kind == "bias" or place.share == "vocabulary":
+        return "stored"
+    return "matrix" if len(shape) > 1 else "vector"
 
 
 def _channels(heads: range, size: int) -> range:

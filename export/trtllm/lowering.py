@@ -22,9 +22,10 @@ import numpy as np
 
 from export.lowerings.base import Lowering
 from export.plugins import registration
-from export.trtllm.layout import MODULES
+from export.trtllm.layout import place_of
 from export.weights import Array, position_diagonal, rope_tables
 from ngpt.errors import UnsupportedError
+from ngpt.tensor_names import Name
 
 
 @dataclass(frozen=True)
@@ -192,10 +193,10 @@ class TensorRTLLM(Lowering[Any]):
 
     def _module(self, name: str) -> Any:
         """The module or parameter of a canonical name: `layers.3.attn.o`, `layers.3.mlp.lr`."""
-        _, layer, part, tensor = name.split(".")
-        path = MODULES.get(f"{part}.{tensor}") or {"attn": "attention", "mlp": "mlp"}[part] + f".{tensor}"
-        found = self.model.transformer.layers[int(layer) - self.layers[0]]
-        for attribute in path.split("."):
+        layer, part, _ = Name.of(name)
+        assert layer is not None  # the ends of a stage have no number
+        found = self.model.transformer.layers[layer - self.layers[0]]
+        for attribute in place_of(part).module.split("."):
             found = getattr(found, attribute)
         return found
 

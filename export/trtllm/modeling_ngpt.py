@@ -25,6 +25,7 @@ from ngpt.checkpoint import Checkpoint, TensorInfo
 from ngpt.config_keys import DEFAULTS
 from ngpt.errors import MissingPackageError, UnsupportedError
 from ngpt.spec import NGPTSpec
+from ngpt.tensor_names import Name
 from ngpt.weights import Weights
 
 try:
@@ -72,6 +73,23 @@ try:
 except ValueError:
     NGPTRuntimeConfig = runtime_config(PretrainedConfig)  # under its own name, so that it can be pickled
     AutoConfig.register("ngpt", NGPTRuntimeConfig)
+
+
+PLACES = {
+    "embed": "model.embed_tokens",
+    "attn.q": "self_attn.qkv_proj",
+    "attn.k": "self_attn.qkv_proj",
+    "attn.v": "self_attn.qkv_proj",
+    "attn.q_scale": "self_attn.q_scale",
+    "attn.o": "self_attn.o_proj",
+    "attn.lr": "attn_lr",
+    "mlp.up": "mlp.up_proj",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.down": "mlp.down_proj",
+    "mlp.lr": "mlp_lr",
+    "head": "lm_head",
+}
+"""Canonical part -> module or parameter that takes it, of a layer or of the whole model; parts of one module are one product."""
 
 
 def config_dict(config: Any) -> dict[str, Any]:
@@ -257,32 +275,41 @@ class NGPTForCausalLM(DecoderModelForCausalLM):
             self._load(DeployedWeights(Weights(checkpoint), arithmetic=self._arithmetic))
 
     def _load(self, source: DeployedWeights) -> None:
+        """Give every module its parts of the canonical tensors, one module's in memory at a time. Raises UnsupportedError for one without a place."""
         mapping, spec = self.model_config.mapping, source.spec
+        modules: dict[tuple[int | None, str], dict[str, list[str]]] = {}  # (layer, module) -> part -> names, in order
+        for name in source.names():
+            layer, part, _ = Name.of(name)
+            if part not in PLACES:
+                raise UnsupportedError(
+                    f"the tensor {part} in TensorRT-LLM's PyTorch flow", expected=", ".join(PLACES), found=part
+                )
+            modules.setdefault((layer, PLACES[part]), {}).setdefault(part, []).append(name)
+        mine = {"embed": mapping.is_first_pp_rank(), "head": mapping.is_last_pp_rank()}
+        layers = mapping.pp_layers(spec.num_layers)
+        for (layer, path), parts in modules.items():
+            if not all(mine.get(part, layer in layers) for part in parts):
+                continue
+            module: Any = self if layer is None else self.model.layers[layer]
+            for attribute in path.split("."):
+                module = getattr(module, attribute)
+            tensors = [
+                {Name.of(name).kind or "weight": self._part(part, torch.from_numpy(source.get(name)), spec) for name in names}
+                for part, names in parts.items()
+            ]
+            if isinstance(module, nn.Parameter):
+                module.data.copy_(tensors[0]["weight"])
+            else:
+                module.load_weights(weights=tensors)
 
-        def tensors(name: str, heads: int = 0) -> dict[str, torch.Tensor]:
-            """{"weight": ..., "bias": ...} of a canonical product; key heads repeated where tp exceeds them."""
-            found = {
-                kind: torch.from_numpy(source.get(f"{name}.{kind}"))
-                for kind in ("weight", "bias")
-                if source.has(f"{name}.{kind}")
-            }
-            return {kind: _repeated(t, heads, mapping.tp_size) if heads else t for kind, t in found.items()}
-
-        if mapping.is_first_pp_rank():
-            self.model.embed_tokens.load_weights(weights=[{"weight": torch.from_numpy(source.get("embed"))}])
-        for index in mapping.pp_layers(spec.num_layers):
-            layer, attn, mlp = self.model.layers[index], f"layers.{index}.attn", f"layers.{index}.mlp"
-            keys = [tensors(f"{attn}.{part}", spec.num_kv_heads) for part in "kv"]
-            layer.self_attn.qkv_proj.load_weights(weights=[tensors(f"{attn}.q"), *keys])
-            layer.self_attn.o_proj.load_weights(weights=[tensors(f"{attn}.o")])
-            for part in ("up", "gate", "down") if spec.gated else ("up", "down"):
-                getattr(layer.mlp, f"{part}_proj").load_weights(weights=[tensors(f"{mlp}.{part}")])
-            mine = source.get(f"{attn}.q_scale").reshape(mapping.tp_size, -1)[mapping.tp_rank]
-            layer.self_attn.q_scale.data.copy_(torch.from_numpy(mine))
-            layer.attn_lr.data.copy_(torch.from_numpy(source.get(f"{attn}.lr")))
-            layer.mlp_lr.data.copy_(torch.from_numpy(source.get(f"{mlp}.lr")))
-        if mapping.is_last_pp_rank():
-            self.lm_head.load_weights(weights=[{"weight": torch.from_numpy(source.get("head.weight"))}])
+    def _part(self, part: str, tensor: torch.Tensor, spec: NGPTSpec) -> torch.Tensor:
+        """What `load_weights` is handed: TensorRT-LLM's modules divide by rank themselves, parameters of our own do not."""
+        mapping = self.model_config.mapping
+        if part in ("attn.k", "attn.v"):
+            return _repeated(tensor, spec.num_kv_heads, mapping.tp_size)
+        if part == "attn.q_scale":
+            return tensor.view(mapping.tp_size, -1)[mapping.tp_rank]
+        return tensor
 
 
 def _repeated(rows: torch.Tensor, heads: int, tp: int) -> torch.Tensor:

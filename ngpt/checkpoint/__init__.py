@@ -4,12 +4,12 @@ Every file is read as if it were hostile; every problem is a typed error naming 
 """
 
 from ngpt.checkpoint.base import Checkpoint
-from ngpt.checkpoint.fold import fold_scales
-from ngpt.checkpoint.opening import open_checkpoint
+from ngpt.checkpoint.folded_head import fold_scales
+from ngpt.checkpoint.formats import open_checkpoint
+from ngpt.checkpoint.normalized import Change, normalize
 from ngpt.checkpoint.safetensors_file import TensorInfo
 from ngpt.checkpoint.save import save_hf
-from ngpt.checkpoint.sphere import Change, normalize
-from ngpt.checkpoint.table import Expected, expected_tensors
+from ngpt.tensor_names import Expected, expected_tensors
 
 __all__ = [
     "Change", "Checkpoint", "Expected", "TensorInfo", "expected_tensors", "fold_scales", "normalize", "open_checkpoint", "save_hf",

@@ -13,12 +13,12 @@ from typing import Any, Literal, Protocol, Self
 import torch
 
 from ngpt.checkpoint.safetensors_file import TensorInfo
-from ngpt.checkpoint.table import FLOAT_DTYPES, LM_HEAD, expected_tensors
-from ngpt.checkpoint.values import OFF_SPHERE_LIMIT, Deviation, check_values
+from ngpt.checkpoint.value_checks import OFF_SPHERE_LIMIT, Deviation, check_values
 from ngpt.config_keys import tidy
 from ngpt.errors import DtypeError, MissingTensorError, ShapeError, TensorValueError, UnexpectedTensorError, shown
 from ngpt.progress import Progress, silent
 from ngpt.spec import NGPTSpec
+from ngpt.tensor_names import FLOAT_DTYPES, LM_HEAD, expected_tensors
 from ngpt.text_files import TextFiles
 
 _CHUNK = 1 << 22

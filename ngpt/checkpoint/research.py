@@ -7,6 +7,7 @@ in the published Hugging Face model: the config carries them as ``position_code`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,15 @@ from ngpt.errors import (
     shown,
 )
 from ngpt.spec import NGPTSpec
+from ngpt.tensor_names import expected_tensors
 
 RESEARCH_FILE = "ckpt.pt"
 # What torch.compile, DistributedDataParallel, FSDP and activation checkpointing put into names.
 WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _ARGS = frozenset({"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout", "use_nGPT", "base_scale"})
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+_LAYER = re.compile(r"\.(\d+)\.")
 
 Move = tuple[str, Callable[[torch.Tensor], torch.Tensor]]
 
@@ -52,9 +56,9 @@ class ResearchSource:
                 found=", ".join(f"{shown(key)}: {type(stored[key]).__name__}" for key in list(stored)[:8]) or "an empty dict",
             )
         self.config = research_config(arguments)
-        NGPTSpec.from_config(self.config)  # bounds the sizes that the table of names is made from
+        spec = NGPTSpec.from_config(self.config)  # bounds the sizes that the map of names is made from
         self._state = _plain_names(state)
-        self._moves = _moves(self.config)
+        self._moves = _moves(spec)
         known = {source for source, _ in self._moves.values()}
         missing = sorted(known - set(self._state))
         if missing:
@@ -170,42 +174,50 @@ def _plain_names(state: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
     return plain
 
 
-def _moves(config: Mapping[str, Any]) -> dict[str, Move]:
-    """Hugging Face name to (research name, view)."""
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
-    def same(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
 
-    def column(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.unsqueeze(-1)
+def _column(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.unsqueeze(-1)
 
-    def half(tensor: torch.Tensor, second: bool) -> torch.Tensor:
-        if tensor.ndim == 0:
-            return tensor  # misshapen: left for the shape check, which names it
-        middle = tensor.shape[0] // 2
-        return tensor[middle:] if second else tensor[:middle]
 
-    def first_half(tensor: torch.Tensor) -> torch.Tensor:
-        return half(tensor, second=False)
+def _first_half(tensor: torch.Tensor) -> torch.Tensor:
+    return (
+        tensor[: tensor.shape[0] // 2] if tensor.ndim else tensor
+    )  # a misshapen one is left for the shape check, which names it
 
-    def second_half(tensor: torch.Tensor) -> torch.Tensor:
-        return half(tensor, second=True)
 
-    moves: dict[str, Move] = {
-        "model.embed_tokens.weight": ("transformer.wte.weight", same),
-        "lm_head.weight": ("lm_head.weight", same),
-        "sz.weight": ("sz", column),
-    }
-    for layer in range(config["num_hidden_layers"]):
-        ours, theirs = f"model.layers.{layer}.", f"transformer.h.{layer}."
-        for kind in ("weight", "bias") if config["mlp_bias"] else ("weight",):
-            for to, source in (("q", "query"), ("k", "key"), ("v", "value"), ("o", "att_c_proj")):
-                moves[f"{ours}self_attn.{to}_proj.{kind}"] = (f"{theirs}{source}.{kind}", same)
-            moves[f"{ours}mlp.up_proj.{kind}"] = (f"{theirs}c_fc.{kind}", first_half)
-            moves[f"{ours}mlp.gate_proj.{kind}"] = (f"{theirs}c_fc.{kind}", second_half)
-            moves[f"{ours}mlp.down_proj.{kind}"] = (f"{theirs}mlp_c_proj.{kind}", same)
-        moves[f"{ours}self_attn.sqk.weight"] = (theirs + "sqk", column)
-        moves[f"{ours}mlp.suv.weight"] = (theirs + "suv", column)
-        moves[f"{ours}attn_alpha"] = (theirs + "attn_alpha", same)
-        moves[f"{ours}mlp_alpha"] = (theirs + "mlp_alpha", same)
+def _second_half(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor[tensor.shape[0] // 2 :] if tensor.ndim else tensor
+
+
+# Hugging Face name -> research name, and the view. Names of products stand for the weight and the bias; {} is a layer's number.
+NAMES: dict[str, Move] = {
+    "model.embed_tokens": ("transformer.wte", _same),
+    "model.layers.{}.self_attn.q_proj": ("transformer.h.{}.query", _same),
+    "model.layers.{}.self_attn.k_proj": ("transformer.h.{}.key", _same),
+    "model.layers.{}.self_attn.v_proj": ("transformer.h.{}.value", _same),
+    "model.layers.{}.self_attn.sqk.weight": ("transformer.h.{}.sqk", _column),
+    "model.layers.{}.self_attn.o_proj": ("transformer.h.{}.att_c_proj", _same),
+    "model.layers.{}.attn_alpha": ("transformer.h.{}.attn_alpha", _same),
+    "model.layers.{}.mlp.up_proj": ("transformer.h.{}.c_fc", _first_half),
+    "model.layers.{}.mlp.gate_proj": ("transformer.h.{}.c_fc", _second_half),
+    "model.layers.{}.mlp.suv.weight": ("transformer.h.{}.suv", _column),
+    "model.layers.{}.mlp.down_proj": ("transformer.h.{}.mlp_c_proj", _same),
+    "model.layers.{}.mlp_alpha": ("transformer.h.{}.mlp_alpha", _same),
+    "lm_head": ("lm_head", _same),
+    "sz.weight": ("sz", _column),
+}
+
+
+def _moves(spec: NGPTSpec) -> dict[str, Move]:
+    """Hugging Face name -> (research name, view) for every tensor of a network."""
+    moves = {}
+    for name in expected_tensors(spec):
+        layer = _LAYER.search(name)
+        pattern, number = (_LAYER.sub(".{}.", name, count=1), layer[1]) if layer else (name, "")
+        product, _, kind = pattern.rpartition(".")
+        source, view = NAMES[pattern] if pattern in NAMES else NAMES[product]
+        moves[name] = (source.format(number) + ("" if pattern in NAMES else f".{kind}"), view)
     return moves

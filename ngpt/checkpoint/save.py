@@ -9,10 +9,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ngpt.atomic_folder import new_folder
 from ngpt.checkpoint.base import Checkpoint
-from ngpt.checkpoint.opening import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
+from ngpt.checkpoint.huggingface import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from ngpt.errors import BuildError
-from ngpt.folder import new_folder
 from ngpt.progress import Progress, silent
 from ngpt.remote_code import add_code
 

@@ -22,7 +22,8 @@ def add_build(command: Command, targets: list[Target]) -> None:
     build.add_argument(
         "--target",
         default=DEFAULT,
-        help=f"a name, or the path of a target's file of your own (.toml). {described}; {AUTO}: that of this machine's GPU, else {DEFAULT}",
+        help=f"a name, or the path of a target's file of your own (.toml). {described}; "
+        f"{AUTO}: that of this machine's GPU, else {DEFAULT}",
     )
     build.add_argument(
         "--precision", help="another one that the target offers (TensorRT targets: fp16, bf16, fp32, int8, fp8, int4)"
@@ -90,9 +91,18 @@ def _build(args: argparse.Namespace) -> int:
         return _dry_run(args)
     with Bar() as bar:
         folder = build_engine(
-            args.checkpoint, args.target, args.output, precision=args.precision, name=args.name, verify=not args.no_verify,
-            tp=args.tp, pp=args.pp, kv_cache=args.kv_cache, progress=bar, **_opening(args),
-        )  # fmt: skip
+            args.checkpoint,
+            args.target,
+            args.output,
+            precision=args.precision,
+            name=args.name,
+            verify=not args.no_verify,
+            tp=args.tp,
+            pp=args.pp,
+            kv_cache=args.kv_cache,
+            progress=bar,
+            **_opening(args),
+        )
     if not (folder / "manifest.json").exists():  # TensorRT-LLM is not installed here
         print(f"checkpoint {folder / 'checkpoint'}\n")
         print((folder / "BUILD.md").read_text(encoding="utf-8"), end="")
@@ -128,9 +138,11 @@ def _verify(args: argparse.Namespace) -> int:
     report = args.report or beside
     if report.exists() and report.samefile(engine):
         raise BuildError(
-            "--report is the engine's own folder, whose report is part of it", expected="another folder", found=str(report),
+            "--report is the engine's own folder, whose report is part of it",
+            expected="another folder",
+            found=str(report),
             remedy=f"leave --report out: it is then {beside}",
-        )  # fmt: skip
+        )
     # The text of the comparison is the engine's own: it may have been built with another tokenizer than the checkpoint's.
     own = engine if (engine / "tokenizer.json").is_file() else None
     with open_checkpoint(args.checkpoint, tokenizer=own) as checkpoint:
@@ -156,9 +168,11 @@ def _conclude(engine: Path, verdict: str, page: Path, *, quiet: bool = False) ->
         print(f"parity   {verdict}  (report: {page})")
     if verdict != "pass":
         raise ParityFailedError(
-            f"{engine} does not agree with PyTorch", expected="verdict pass", found=verdict,
+            f"{engine} does not agree with PyTorch",
+            expected="verdict pass",
+            found=verdict,
             remedy=f"open {page} to see where they part ways",
-        )  # fmt: skip
+        )
 
 
 def _convert(args: argparse.Namespace) -> int:

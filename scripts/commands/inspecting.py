@@ -1,4 +1,5 @@
-"""inspect: what an engine folder is, from its manifest, after its files were held against it. Needs neither torch nor a runtime."""
+"""inspect: what an engine folder is, from its manifest, after its files were held against it. Needs neither torch nor a
+runtime."""
 
 import argparse
 import importlib
@@ -51,7 +52,7 @@ def _lines(manifest: Any, folder: Path, quick: bool) -> Iterable[str]:
     where = _some(target.providers[:1]) or f"compute capability {_some([flags.get('compute_capability') or 'any'])}"
     yield f"target   {_some([target.name])}: {_some([target.runtime, target.precision])}, {where}, cache {target.cache}"
     if manifest.precision:  # an engine of version 0.1 has none
-        yield f"weights  {_some(f'{key} {manifest.precision.get(key)}' for key in ('projections', 'head', 'embedding'))}"
+        yield f"formats  {_some(f'{key} {manifest.precision.get(key)}' for key in ('projections', 'head', 'embedding'))}"
     sizes = f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_heads}/{model.num_kv_heads} heads"
     yield f"model    {sizes} of {model.head_dim}, vocabulary {model.vocab_size}, up to {model.max_length} tokens"
     for name, digest in list(manifest.digests.items())[:_MOST_SHOWN]:

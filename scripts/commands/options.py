@@ -47,9 +47,13 @@ def add_text(command: argparse.ArgumentParser) -> None:
         help="tokenizer to take in place of the one beside it: a folder, or a tokenizer.json",
     )
     command.add_argument(
-        "--eos", action="append", default=[], metavar="TOKEN", help="token that ends a text, an id or the tokenizer's text of it, in "
+        "--eos",
+        action="append",
+        default=[],
+        metavar="TOKEN",
+        help="token that ends a text, an id or the tokenizer's text of it, in "
         "place of those that the files name; may be given several times",
-    )  # fmt: skip
+    )
 
 
 def positive(text: str) -> int:

@@ -68,9 +68,16 @@ def _package(args: argparse.Namespace) -> int:
 
         _refuse(args, "of an engine", "threads", "mount", "prefill_chunk")
         package_checkpoint(
-            args.engine, args.output, allow_unverified=args.allow_unverified, num_slots=args.slots, modules=args.module,
-            tensor_parallel=args.tp or 1, kv_cache_fraction=args.kv_cache_fraction, tokenizer=args.tokenizer, eos=args.eos,
-        )  # fmt: skip
+            args.engine,
+            args.output,
+            allow_unverified=args.allow_unverified,
+            num_slots=args.slots,
+            modules=args.module,
+            tensor_parallel=args.tp or 1,
+            kv_cache_fraction=args.kv_cache_fraction,
+            tokenizer=args.tokenizer,
+            eos=args.eos,
+        )
         print(f"repository {args.output}\nserve it   in the vendor's container: docs/serving.md")
         return 0
     from triton_repo.package import package_engine

@@ -116,9 +116,21 @@ class Decoder:
         return h
 
     def _layer(
-        self, h: Tensor, positions: Tensor, keys: Tensor, values: Tensor, start: int,
-        qk: Tensor, v: Tensor, o: Tensor, up: Tensor, down: Tensor, attn_lr: Tensor, mlp_lr: Tensor, q_scale: Tensor,
-    ) -> Tensor:  # fmt: skip
+        self,
+        h: Tensor,
+        positions: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        start: int,
+        qk: Tensor,
+        v: Tensor,
+        o: Tensor,
+        up: Tensor,
+        down: Tensor,
+        attn_lr: Tensor,
+        mlp_lr: Tensor,
+        q_scale: Tensor,
+    ) -> Tensor:
         """One layer over plain tensors: all layers then share what is compiled for the first."""
         shape, norms = self.shape, self.norms
         batch, tokens, _ = h.shape

@@ -47,7 +47,10 @@ def compare(folder: Path, dtype: Any, device: str) -> Row:
     name = str(dtype).removeprefix("torch.")
     judged = dtype == torch.float32 or bad
     return Row(
-        SECTION, f"{folder.name} {name}: largest logit error", float(np.nan_to_num(error, nan=np.inf).max()), "",
+        SECTION,
+        f"{folder.name} {name}: largest logit error",
+        float(np.nan_to_num(error, nan=np.inf).max()),
+        "",
         ("FAILED" if bad else "ok") if judged else "measured",
         f"mean {error.mean():.2e}, logits up to {np.abs(golden[real]).max():.2f}, same first token {same:.1%}",
-    )  # fmt: skip
+    )

@@ -150,6 +150,10 @@ def _timed(work: Callable[[torch.dtype, int], Work], ours: Norms, dtype: torch.d
     against = ", ".join(f"{other} {times[other] / times['ours']:.2f}x" for other in ("eager", "compiled"))
     place = "beyond L2" if beyond_l2 else "partly in L2"
     return Row(
-        SECTION, f"{name} {NAMES[dtype]} {tokens} tokens", fraction, "of copy", "ok" if reached else "below goal",
+        SECTION,
+        f"{name} {NAMES[dtype]} {tokens} tokens",
+        fraction,
+        "of copy",
+        "ok" if reached else "below goal",
         f"{times['ours'] * 1e6:.2f} us; {against}; {sets} sets, {place}",
-    )  # fmt: skip
+    )

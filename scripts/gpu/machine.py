@@ -13,8 +13,16 @@ from typing import Any
 from scripts.gpu.report import Unavailable
 
 PACKAGES = (
-    "torch", "triton", "numpy", "transformers", "cuda-bindings", "nvidia-cuda-nvrtc", "tensorrt", "tensorrt_rtx_cu13", "ml_dtypes",
-)  # fmt: skip
+    "torch",
+    "triton",
+    "numpy",
+    "transformers",
+    "cuda-bindings",
+    "nvidia-cuda-nvrtc",
+    "tensorrt",
+    "tensorrt_rtx_cu13",
+    "ml_dtypes",
+)
 
 
 def describe() -> dict[str, Any]:

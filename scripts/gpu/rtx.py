@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,7 +39,7 @@ def section(golden: Path, layers: int, context: int) -> Iterable[Row]:
         )
         capability = ""
     for precision in PRECISIONS:
-        yield attempt(f"golden gqa {precision}", lambda precision=precision: parity(golden / "gqa", precision, capability))  # type: ignore[misc]
+        yield attempt(f"golden gqa {precision}", partial(parity, golden / "gqa", precision, capability))
     with tempfile.TemporaryDirectory() as scratch:
         from scripts.plan_cost import write_checkpoint
 
@@ -59,10 +60,12 @@ def attempt(what: str, measure: Callable[[], Row]) -> Row:
 def target(precision: str, capability: str, *, prefill_tokens: int = 512, decode_batch: int = 16) -> Any:
     """A target for this machine's card, whatever its name. Its memory is not checked: the engines here are small."""
     from engines.target import Gpu, Profile, Target
+    from export.precision import TENSORRT
 
     gpu = Gpu(capability, memory_gb=1000, bandwidth_gb_per_s=1000)
     profile = Profile(prefill_tokens=prefill_tokens, decode_batch=decode_batch)
-    return Target("here", "", "tensorrt_rtx", "native", precision, 32, "in-place", (), True, "", gpu=gpu, profile=profile)  # type: ignore[arg-type]
+    numbers = TENSORRT[precision]
+    return Target("here", "", "tensorrt_rtx", "native", numbers, "in-place", True, "", gpu=gpu, profile=profile)
 
 
 def parity(folder: Path, precision: str, capability: str) -> Row:
@@ -81,10 +84,13 @@ def parity(folder: Path, precision: str, capability: str) -> Row:
     worst = float(np.nan_to_num(error, nan=np.inf).max())
     good = np.isfinite(error).all() and (precision != "fp32" or (worst <= FLOAT32_BOUND and same == 1.0))
     return Row(
-        SECTION, f"golden gqa {precision}: largest logit error", worst, "",
+        SECTION,
+        f"golden gqa {precision}: largest logit error",
+        worst,
+        "",
         ("ok" if precision == "fp32" else "measured") if good else "FAILED",
         f"mean {error.mean():.2e}, greedy tokens equal {same:.1%}",
-    )  # fmt: skip
+    )
 
 
 def speed(checkpoint: Path, precision: str, capability: str, layers: int, context: int, steps: int = 20) -> Iterable[Row]:

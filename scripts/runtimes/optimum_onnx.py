@@ -1,4 +1,5 @@
-"""Greedy tokens by optimum's ORTModelForCausalLM, in an environment of its own: python optimum_onnx.py JOBS.json. See ../other_runtimes.py."""
+"""Greedy tokens by optimum's ORTModelForCausalLM, in an environment of its own: python optimum_onnx.py JOBS.json. See
+../other_runtimes.py."""
 
 import importlib.metadata
 import json

@@ -13,8 +13,10 @@ from engines.build import verify_folder
 from engines.record import recorded_precision
 from engines.runtime.errors import EngineFileError
 from engines.runtime.manifest import Manifest, describe_file, read_manifest, verify_files, write_manifest
+from engines.target import load_target
 from export.precision import ONNX_RUNTIME, ROW, TENSORRT, Format
 from ngpt.checkpoint import open_checkpoint
+from ngpt.errors import UnsupportedError
 from scripts.cli import main
 from tests.conftest import GOLDEN, ROOT, Golden
 
@@ -114,3 +116,22 @@ def test_the_code_digest_covers_kernels_builders_and_the_network(tmp_path, monke
         (tmp_path / name).write_text("two")
         seen.add(engines.record.code_digest())
     assert len(seen) == len(files) + 1
+
+
+@pytest.mark.parametrize(("code", "block"), [("int8", 64), ("int4", 16), ("int8", 48)])
+def test_a_further_format_of_weights_is_one_entry(code, block, tmp_path, monkeypatch):
+    """Nothing but the entry knows it: not the lowering, the record, the sum of memory, the parity check, nor the commands."""
+    form = Format(code, block)
+    further = dataclasses.replace(ONNX_RUNTIME["int8"], name="mine", projections=form, activations=Format("int8", 32))
+    monkeypatch.setitem(ONNX_RUNTIME, "mine", further)
+    target = dataclasses.replace(load_target("cpu-int8"), precision=further)
+    if block == 48:  # which the runtime's product cannot take: its spelling says so
+        with pytest.raises(
+            UnsupportedError, match="block of layers.0.attn.qkv in ONNX Runtime: expected a power of two, found 48"
+        ):
+            build_engine(GOLDEN / "gqa", target, tmp_path / "engine")
+        assert not (tmp_path / "engine").exists()
+        return
+    manifest = read_manifest(build_engine(GOLDEN / "gqa", target, tmp_path / "engine"))
+    assert manifest.parity["verdict"] == "pass" and recorded_precision(manifest) == further
+    assert manifest.parity["quantization"] == f"{code}, blocks of {block}"

@@ -23,7 +23,7 @@ def rehearsal(monkeypatch):
     def build_and_stand_in(checkpoint, target, output, **options):
         folder = build_engine(checkpoint, target, output, **options)
         manifest = read_manifest(folder)
-        networks.append(Network(checkpoint, load_library("tensorrt_rtx"), target.precision))
+        networks.append(Network(checkpoint, load_library("tensorrt_rtx"), target.precision.name))
         cuda = CudaDouble(memory=1 << 34)
         monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
         sizes = {key: manifest.flags[key] for key in ("prefill_tokens", "decode_batch")}

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from ngpt.checkpoint import expected_tensors, open_checkpoint, save_hf
 from ngpt.checkpoint.safetensors_file import read_header
-from ngpt.checkpoint.values import norm_tolerance
+from ngpt.checkpoint.value_checks import norm_tolerance
 from ngpt.errors import (
     BuildError,
     CheckpointError,
@@ -164,7 +164,7 @@ def test_tolerance_is_that_of_the_storage_dtype(tmp_path):
 
 
 def test_norms_are_right_when_a_matrix_is_read_in_blocks(monkeypatch):
-    monkeypatch.setattr("ngpt.checkpoint.values._BLOCK", 100)
+    monkeypatch.setattr("ngpt.checkpoint.value_checks._BLOCK", 100)
     open_checkpoint(GOLDEN / "dead-mlp").validate()
 
 

@@ -76,7 +76,7 @@ def test_a_bfloat16_head_is_stored_in_float32_and_the_rest_as_it_was(tmp_path):
 
 def test_folding_in_blocks_changes_nothing(tmp_path, monkeypatch):
     whole = load_file(fold(GOLDEN / "gqa", tmp_path / "whole") / "model.safetensors")["lm_head.weight"]
-    monkeypatch.setattr("ngpt.checkpoint.fold._BLOCK", 200)
+    monkeypatch.setattr("ngpt.checkpoint.folded_head._BLOCK", 200)
     blocks = load_file(fold(GOLDEN / "gqa", tmp_path / "blocks") / "model.safetensors")["lm_head.weight"]
     assert torch.equal(blocks, whole)
 

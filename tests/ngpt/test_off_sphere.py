@@ -13,7 +13,7 @@ from engines.parity.reference import TorchReference
 from export.trtllm.fp8 import activation_scale
 from export.weights import DeployedWeights
 from ngpt.checkpoint import fold_scales, normalize, open_checkpoint, save_hf
-from ngpt.checkpoint.values import OFF_SPHERE_LIMIT
+from ngpt.checkpoint.value_checks import OFF_SPHERE_LIMIT
 from ngpt.errors import TensorValueError
 from ngpt.weights import Weights
 from scripts.cli import main
@@ -138,7 +138,7 @@ def test_normalizing_in_blocks_changes_nothing(tmp_path, monkeypatch):
             return {name: projected.get(name).clone() for name in projected.names()}
 
     whole = tensors()
-    monkeypatch.setattr("ngpt.checkpoint.sphere._BLOCK", 300)
+    monkeypatch.setattr("ngpt.checkpoint.normalized._BLOCK", 300)
     blocks = tensors()
     assert all(torch.equal(whole[name], blocks[name]) for name in whole)
 

@@ -120,7 +120,7 @@ def test_the_configuration_class_for_transformers_4_means_the_same(name):
         assert NGPTSpec.from_config(module.config_dict(config)) == NGPTSpec.from_config(text)
 
 
-def test_lazy_slices_are_read_and_wrong_tensors_refused():
+def test_lazy_slices_are_read_and_wrong_tensors_or_those_without_a_place_refused():
     with trtllm_torch.installed(), safe_open(GOLDEN / "gqa" / "model.safetensors", "pt") as file:
         module = importlib.import_module("export.trtllm.modeling_ngpt")
         config = trtllm_torch.ModelConfig(AutoConfig.from_pretrained(GOLDEN / "gqa"), Mapping())
@@ -131,6 +131,9 @@ def test_lazy_slices_are_read_and_wrong_tensors_refused():
         assert not any(bool(torch.isnan(p).any()) for p in model.parameters())
         with pytest.raises(ShapeError, match="sz.weight"):
             model.load_weights(weights | {"sz.weight": torch.zeros(3, 1)})
+        del module.PLACES["mlp.lr"]
+        with pytest.raises(UnsupportedError, match=r"the tensor mlp\.lr in TensorRT-LLM's PyTorch flow"):
+            model.load_weights(weights)
 
 
 def test_what_is_not_offered_is_refused_by_name():

@@ -138,6 +138,8 @@ class OnnxRuntime(OnnxPortable):
         if stored.code not in ("int8", "int4"):
             raise UnsupportedError("format of weights in ONNX Runtime", expected="int8 or int4", found=str(stored))
         bits, block = CODE_BITS[stored.code], stored.block_of(columns)
+        if block & (block - 1):
+            raise UnsupportedError(f"block of {name} in ONNX Runtime", expected="a power of two", found=str(block))
         blocks = -(-columns // block)
 
         @lru_cache(maxsize=1)

@@ -1,9 +1,10 @@
 """How the text model reaches a tokens model of another backend: model-to-model calls of the Python backend, one a request.
 
-In place of `engine.link`, and with its interface, where the tokens model is TensorRT-LLM's own backend. A request that asks for what that
-backend has no input for does not come so far: `parse_options` refuses it by name. Contract-tested with the pip server against this project's tokens model, which has the same tensors;
-not executed on backend "tensorrtllm". Several calls at once in one process hang the Python backend of tritonserver 2.51, so the model that uses this
-takes its requests in turn (`in_turn`) and has several instances instead.
+In place of `engine.link`, and with its interface, where the tokens model is TensorRT-LLM's own backend. A request that asks
+for what that backend has no input for does not come so far: `parse_options` refuses it by name. Contract-tested with the pip
+server against this project's tokens model, which has the same tensors; not executed on backend "tensorrtllm". Several calls
+at once in one process hang the Python backend of tritonserver 2.51, so the model that uses this takes its requests in turn
+(`in_turn`) and has several instances instead.
 """
 
 from __future__ import annotations

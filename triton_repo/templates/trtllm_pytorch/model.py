@@ -1,7 +1,7 @@
 """Text in, text out with the PyTorch runtime of TensorRT-LLM, which batches, samples and tokenises by itself.
 
-Contract-tested with a double of `tensorrt_llm.LLM`; not executed with TensorRT-LLM. The interface, and that a streamed response holds the whole
-text so far, are those of the llmapi model in TensorRT-LLM's repository (read at commit 044a90d2).
+Contract-tested with a double of `tensorrt_llm.LLM`; not executed with TensorRT-LLM. The interface, and that a streamed
+response holds the whole text so far, are those of the llmapi model in TensorRT-LLM's repository (read at commit 044a90d2).
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from ngpt.checkpoint.base import Checkpoint
-from ngpt.checkpoint.table import Expected, expected_tensors
-from ngpt.checkpoint.values import norms_of, off_sphere
+from ngpt.checkpoint.value_checks import norms_of, off_sphere
 from ngpt.progress import Progress, silent
+from ngpt.tensor_names import Expected, expected_tensors
 
 _BLOCK = 1 << 21  # float64 elements in flight
 

@@ -8,8 +8,8 @@ import torch
 
 from ngpt.checkpoint.base import Checkpoint, Source
 from ngpt.checkpoint.safetensors_file import TensorInfo
-from ngpt.checkpoint.table import EMBED, LM_HEAD, SZ
 from ngpt.errors import UnsupportedError
+from ngpt.tensor_names import EMBED, LM_HEAD, SZ
 
 _BLOCK = 1 << 21  # float64 elements in flight while folding
 

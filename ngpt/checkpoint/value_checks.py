@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ngpt.checkpoint.table import Expected
 from ngpt.errors import TensorValueError
+from ngpt.tensor_names import Expected
 
 _BLOCK = 1 << 22  # elements looked at together: bounds private memory for any tensor
 _ROUNDOFF = {

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from ngpt.atomic_folder import SUFFIX, new_folder, sweep
 from ngpt.errors import BuildError, OutputExistsError, PackagingError, os_trouble
-from ngpt.folder import SUFFIX, new_folder, sweep
 from tests.conftest import ROOT
 
 HOLD = """
 import pathlib, sys, time
-from ngpt.folder import new_folder
+from ngpt.atomic_folder import new_folder
 with new_folder(pathlib.Path(sys.argv[1])) as folder:
     (folder / "half").write_text("written")
     print(folder, flush=True)
