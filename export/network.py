@@ -1,6 +1,7 @@
 """The deployed nGPT network, stated once (arXiv:2410.01131, section 2), over the vocabulary of `lowerings.base.Lowering`.
 
-Whoever owns a runtime's graph calls `define_network` with that runtime's lowering. Names are shared by every lowering and by the PyTorch model's taps, so that two runs are compared by joining on names.
+Whoever owns a runtime's graph calls `define_network` with that runtime's lowering. Names are shared by every lowering
+and by the PyTorch model's taps, so that two runs are compared by joining on names.
 """
 
 import math

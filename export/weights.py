@@ -17,9 +17,9 @@ class DeployedWeights:
     """`ngpt.weights.Weights` plus two exact foldings.
 
     The research position code is a signed swap within channel pairs and a diagonal: the swap goes into the rows of the q
-    and k projections, the diagonal (`position_diagonal`) stays. In float16 `arithmetic` relu2's branch is scaled (`branch_scale`), and
-    the eps of the norm that follows along with it (`mlp_eps`).
-    `replace`, if given, maps (name, matrix) to the matrix used in its place (quantise and dequantise, say).
+    and k projections, the diagonal (`position_diagonal`) stays. In float16 `arithmetic` relu2's branch is scaled
+    (`branch_scale`), and the eps of the norm that follows along with it (`mlp_eps`). `replace`, if given, maps (name,
+    matrix) to the matrix used in its place (quantise and dequantise, say).
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class DeployedWeights:
 
 
 def branch_scale(spec: NGPTSpec, arithmetic: str) -> float:
-    """What the inputs of relu2 are scaled by: hidden_size**-1/4 in float16, whose range relu2 of a value near sqrt(E) leaves; else 1.
+    """What the inputs of relu2 are scaled by: hidden_size**-1/4 in float16, whose range relu2 near sqrt(E) leaves; else 1.
 
     The output is scaled by the square, which the norm that follows takes away again up to its eps.
     """

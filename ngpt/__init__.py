@@ -1,8 +1,9 @@
 """nGPT for transformers: `from ngpt import NGPTConfig, NGPTModel, NGPTForCausalLM`.
 
 Importing the package loads neither torch nor transformers: the classes are loaded when one of them is asked for. It also sees to
-it that transformers' Auto classes know nGPT, whichever of the two packages is imported first (`ngpt.registration`). The checkpoint
-readers (`ngpt.checkpoint`, `ngpt.spec`, `ngpt.weights`) work without transformers, and beside the older one that TensorRT-LLM 1.2 pins.
+it that transformers' Auto classes know nGPT, whichever of the two packages is imported first (`ngpt.registration`).
+The checkpoint readers (`ngpt.checkpoint`, `ngpt.spec`, `ngpt.weights`) work without transformers, and beside the
+older one that TensorRT-LLM 1.2 pins.
 """
 
 from importlib import import_module

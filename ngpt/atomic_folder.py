@@ -6,7 +6,8 @@ Beside OUTPUT lies, while it is written, a hidden working folder `.OUTPUT.<rando
     folder/    becomes OUTPUT by one rename
     ...        scratch of whoever writes, which goes when the rest goes
 
-Whoever makes a folder next in the same place removes those whose `owner` nobody holds. A process id would not do: it may be another's by then.
+Whoever makes a folder next in the same place removes those whose `owner` nobody holds. A process id would not do: it
+may be another's by then.
 """
 
 from __future__ import annotations
@@ -91,7 +92,10 @@ def new_folder(
 
 
 def check_free(output: Path, *, into_empty: bool = False, kind: type[NGPTDeployError] = BuildError) -> None:
-    """Raise OutputExistsError if there is anything at `output` (`into_empty`: but an empty folder), `kind` if nothing can be there."""
+    """Raise OutputExistsError if there is anything at `output`, `kind` if nothing can be there.
+
+    `into_empty`: an empty folder is no hindrance.
+    """
     try:
         mode = output.lstat().st_mode  # a link is in use, whatever it leads to
         usable = into_empty and stat.S_ISDIR(mode) and not any(output.iterdir())
@@ -107,7 +111,7 @@ def check_free(output: Path, *, into_empty: bool = False, kind: type[NGPTDeployE
 
 
 def sweep(parent: Path) -> list[Path]:
-    """Remove the working folders in `parent` whose process is dead; returns them. What is not surely ours stays; raises nothing."""
+    """Remove the working folders in `parent` whose process is dead, and return them. What is not surely ours stays."""
     swept = []
     with contextlib.suppress(OSError):
         for work in sorted(parent.glob(f".*{SUFFIX}")):
@@ -129,8 +133,8 @@ def _abandoned(work: Path) -> bool:
         return False
     lock = os.open(work / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        # On a shared file system that does not carry locks between machines, another machine's owner would look dead. Who was killed before
-        # it wrote where it runs has written nothing else either.
+        # On a shared file system that does not carry locks between machines, another machine's owner would look dead.
+        # Who was killed before it wrote where it runs has written nothing else either.
         told = set(os.read(lock, 1024).decode("utf-8", "replace").split())
         if not told & set(_here()) and (told or names != {_LOCK}):
             return False

@@ -1,8 +1,8 @@
 """Making transformers' Auto classes know nGPT as soon as they are loaded, so that importing `ngpt` need not load them.
 
-`watch_imports` watches the import of transformers' modules of Auto classes, of ours, and of those that ours need: either package may be
-imported first, and transformers loads its Auto classes while other modules of its own are only halfway loaded. Whenever none of them is
-halfway, what is loaded is registered. Doing so twice is harmless.
+`watch_imports` watches the import of transformers' modules of Auto classes, of ours, and of those that ours need:
+either package may be imported first, and transformers loads its Auto classes while other modules of its own are only
+halfway loaded. Whenever none of them is halfway, what is loaded is registered. Doing so twice is harmless.
 """
 
 from __future__ import annotations

@@ -95,9 +95,9 @@ def rope_from_config(config: Mapping[str, Any], *, head_dim: int, max_length: in
 def tidy_rope(block: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """(a rope block with today's names and without what says nothing, the keys that were left out).
 
-    Left out: ``finetuned``, a remark about training; ``attn_factor`` and ``extrapolation_factor`` of 1, other factors of YaRN's first
-    code (any other value stays, to be refused by name); ``factor`` 1 and the original length of type default; and, not worth a word,
-    what is null.
+    Left out: ``finetuned``, a remark about training; ``attn_factor`` and ``extrapolation_factor`` of 1, other factors
+    of YaRN's first code (any other value stays, to be refused by name); ``factor`` 1 and the original length of type
+    default; and, not worth a word, what is null.
     """
     kept = {key: value for key, value in block.items() if value is not None}
     for key in ("type", "rope_type"):

@@ -1,7 +1,8 @@
 """The one table of tensors: the network's name, the name in a Hugging Face checkpoint, and what is folded between the two.
 
-`TABLE` has a row for each tensor. The reader expects what its rows say is stored, `ngpt.weights` makes what they say the network has, and what
-converts a checkpoint for another runtime goes through the names that it makes. To add a tensor to the architecture, add a row.
+`TABLE` has a row for each tensor. The reader expects what its rows say is stored, `ngpt.weights` makes what they say
+the network has, and what converts a checkpoint for another runtime goes through the names that it makes. To add a
+tensor to the architecture, add a row.
 
     stored        model.layers.{}.mlp.up_proj.weight   model.layers.{}.attn_alpha      model.layers.{}.mlp.suv.weight
     of the network      layers.{}.mlp.up.weight              layers.{}.attn.lr         (in the rows of mlp.up and mlp.gate)
@@ -54,8 +55,8 @@ class Scaled:
 class RowsScaled:
     """Each row times an entry of the stored vector `by`, times the spec's field `scale`, and times sqrt(hidden_size) with `root`.
 
-    `part`: which stretch of the vector is meant, of as many entries as there are rows. `unless`: a field of the spec that says the stored
-    rows are products already; then there is no such vector.
+    `part`: which stretch of the vector is meant, of as many entries as there are rows. `unless`: a field of the spec
+    that says the stored rows are products already; then there is no such vector.
     """
 
     by: str
@@ -105,7 +106,7 @@ class Row:
 def _product(
     name: str, stored: str, shape: tuple[Size, Size], unit_axis: int, bias: str, *when: str, fold: RowsScaled | None = None
 ) -> tuple[Row, Row]:
-    """The rows of a layer's matrix and of its bias, to which the same fold applies. `bias`: the field that says whether there is one."""
+    """Rows of a layer's matrix and its bias, to which the same fold applies. `bias`: the field that says if there is one."""
     name, stored = f"layers.{{}}.{name}", f"model.layers.{{}}.{stored}"
     return (
         Row(f"{name}.weight", f"{stored}.weight", shape, unit_axis, fold, when),
@@ -130,7 +131,8 @@ TABLE = (
         "mlp.up", "mlp.up_proj", ("inner", "hidden"), 1, "mlp_bias", fold=RowsScaled(_SUV, "suv_scale", root=True)
     ),
     *_product(
-        "mlp.gate", "mlp.gate_proj", ("inner", "hidden"), 1, "mlp_bias", "gated", fold=RowsScaled(_SUV, "suv_scale", root=True, part=1)
+        "mlp.gate", "mlp.gate_proj", ("inner", "hidden"), 1, "mlp_bias", "gated",
+        fold=RowsScaled(_SUV, "suv_scale", root=True, part=1),
     ),
     Row("", _SUV, ("suv",), column=True),
     *_product("mlp.down", "mlp.down_proj", ("hidden", "inner"), 0, "mlp_bias"),
@@ -188,7 +190,10 @@ def canonical_tensors(spec: NGPTSpec) -> dict[str, Canonical]:
 
 
 class Name(NamedTuple):
-    """A canonical name in parts: layers.3.attn.q.weight is layer 3, part "attn.q", kind "weight"; embed is no layer's, and of no kind."""
+    """A canonical name in parts: layers.3.attn.q.weight is layer 3, part "attn.q", kind "weight".
+
+    Without a layer (the embedding and the head) it is None; without a kind it is empty.
+    """
 
     layer: int | None
     part: str

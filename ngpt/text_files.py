@@ -85,10 +85,10 @@ class TextFiles:
     ) -> None:
         """Decide `ends` and read `sampling`.
 
-        ``ends`` that were given count alone. Otherwise they are those of generation_config.json, as in transformers' `generate`, or
-        where it does not speak of them those of the configuration; ``from_tokenizer`` allows, where there are none (a research
-        checkpoint has neither file), what the tokenizer names as the end. Raises `ConfigError`, for ids that a model with so large
-        a vocabulary does not have as well, `CorruptFileError`.
+        ``ends`` that were given count alone. Otherwise they are those of generation_config.json, as in transformers'
+        `generate`, or where it does not speak of them those of the configuration; ``from_tokenizer`` allows, where
+        there are none (a research checkpoint has neither file), what the tokenizer names as the end. Raises
+        `ConfigError`, for ids that a model with so large a vocabulary does not have as well, `CorruptFileError`.
         """
         where = "config.json"
         generation = _read_object(self.files[GENERATION_CONFIG]) if GENERATION_CONFIG in self.files else {}
@@ -367,8 +367,8 @@ def _sampling(generation: Mapping[str, Any]) -> dict[str, Any]:
 def for_every_transformers(config: dict[str, Any]) -> dict[str, Any] | None:
     """The configuration under names that transformers 4 knows as well, or None if it needs no change.
 
-    transformers 5 writes the class TokenizersBackend and a list of extra_special_tokens; 4.57, which TensorRT-LLM pins, refuses both.
-    Both versions read what is written here.
+    transformers 5 writes the class TokenizersBackend and a list of extra_special_tokens; 4.57, which TensorRT-LLM
+    pins, refuses both. Both versions read what is written here.
     """
     changed = dict(config)
     if changed.get("tokenizer_class") == "TokenizersBackend":

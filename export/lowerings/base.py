@@ -1,12 +1,13 @@
 """The vocabulary in which the network is stated, at two grains.
 
 Fine operations are what every runtime must spell. Coarse ones (`queries_keys_values`, `qk_norm`, `hypersphere_update`) are
-composed of fine ones here; a lowering overrides a coarse one exactly where its runtime has a fused form for it, and the composed form
-stays: a test runs it whole in every lowering.
+composed of fine ones here; a lowering overrides a coarse one exactly where its runtime has a fused form for it. The
+composed form stays: a test runs it whole in every lowering.
 `T` is the runtime's handle of a tensor. B batch, S new tokens, E hidden, H query heads, K key heads, D head channels.
 
-Heads are an axis. `split_heads` makes it, and q, k and v have it until `attention`: [B, S, heads, D]. A runtime may hold the axes in another
-order (TensorRT: heads before tokens), or B and S as one axis (TensorRT-LLM: packed tokens); nothing outside of the lowering sees it.
+Heads are an axis. `split_heads` makes it, and q, k and v have it until `attention`: [B, S, heads, D]. A runtime may
+hold the axes in another order (TensorRT: heads before tokens), or B and S as one axis (TensorRT-LLM: packed tokens);
+nothing outside of the lowering sees it.
 """
 
 from abc import ABC, abstractmethod

@@ -54,7 +54,8 @@ class HypersphereUpdate:
         """(threads of a row, rows of a block).
 
         Up to 128 accesses a row fits one warp, which needs no barrier. A longer one gets two accesses a thread: at 4096
-        bfloat16 channels that is 256 threads with four 16-byte loads each in flight, and several such blocks fit a multiprocessor.
+        bfloat16 channels that is 256 threads with four 16-byte loads each in flight, and several such blocks fit a
+        multiprocessor.
         """
         vectors = self.size * ITEM_SIZE[self.dtype] // ACCESS
         if vectors <= 128:

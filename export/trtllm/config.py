@@ -1,6 +1,6 @@
-"""config.json of a TensorRT-LLM checkpoint (keys of `PretrainedConfig.__init__`, tensorrt_llm/models/modeling_utils.py), and back.
+"""config.json of a TensorRT-LLM checkpoint, and back.
 
-Read at commit 34a26727 of anish-shanbhag/TensorRT-LLM, a fork made while 1.2 was current, the nearest stored to tag v1.2.1.
+Keys of `PretrainedConfig.__init__` (tensorrt_llm/models/modeling_utils.py), read at commit 34a26727 of anish-shanbhag/TensorRT-LLM, a fork made while 1.2 was current, the nearest stored to tag v1.2.1.
 """
 
 from __future__ import annotations
@@ -63,6 +63,9 @@ def trtllm_config(
 
 
 def spec_from(ngpt: dict[str, Any]) -> NGPTSpec:
-    """The spec of a config's `ngpt` table. Raises ConfigError when it is inconsistent, TypeError for other fields than NGPTSpec's."""
+    """The spec of a config's `ngpt` table.
+
+    Raises ConfigError when it is inconsistent, TypeError for other fields than NGPTSpec's.
+    """
     fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in ngpt["spec"].items()}
     return NGPTSpec(**fields)

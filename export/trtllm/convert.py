@@ -1,4 +1,4 @@
-"""A checkpoint in TensorRT-LLM's format: config.json and one safetensors file a rank, one canonical tensor in memory at a time."""
+"""A checkpoint in TensorRT-LLM's format: config.json and one safetensors file a rank. One tensor is in memory at a time."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ def convert(
 ) -> None:
     """Write config.json and rank{i}.safetensors into an existing folder.
 
-    Each canonical tensor is read once (float8: twice, for its range) and its shares go to all files. Weights that TensorRT-LLM's loader
-    quantises are written plain; float8 ones with a scale for each product. `kernels` as in `trtllm_config`; a cache of float8 adds one
-    scale a layer, from whose inverse TensorRT-LLM's loader makes the other. Raises
-    UnsupportedError for sizes that cannot be divided, activations TensorRT-LLM lacks, or weights beyond float16.
+    Each canonical tensor is read once (float8: twice, for its range) and its shares go to all files. Weights that
+    TensorRT-LLM's loader quantises are written plain; float8 ones with a scale for each product. `kernels` as in
+    `trtllm_config`; a cache of float8 adds one scale a layer, from whose inverse TensorRT-LLM's loader makes the
+    other. Raises UnsupportedError for sizes that cannot be divided, activations TensorRT-LLM lacks, or weights beyond
+    float16.
     """
     parallel.check(weights.spec)
     config = trtllm_config(weights, parallel, precision, kernels)

@@ -1,9 +1,10 @@
 """Per-tensor scales of FP8 products, from what nGPT guarantees instead of from calibration data.
 
-A product's input is bounded before any token is seen: hidden states have unit norm, so no channel exceeds 1 (embeddings may be off by half a
-hundredth, which e4m3's rounding to 448 takes; by more only in a checkpoint that is off the sphere, and then their norm is the bound); by Cauchy
-and Schwarz no channel of a projection exceeds the norm of its row (and its bias); attention averages values. A scale of bound / 448 therefore
-never saturates e4m3, whose relative precision does not suffer from the slack until values fall below 2**-6 / 448 of the bound.
+A product's input is bounded before any token is seen: hidden states have unit norm, so no channel exceeds 1
+(embeddings may be off by half a hundredth, which e4m3's rounding to 448 takes; by more only in a checkpoint that is
+off the sphere, and then their norm is the bound); by Cauchy and Schwarz no channel of a projection exceeds the norm
+of its row (and its bias); attention averages values. A scale of bound / 448 therefore never saturates e4m3, whose
+relative precision does not suffer from the slack until values fall below 2**-6 / 448 of the bound.
 """
 
 from __future__ import annotations
@@ -43,11 +44,12 @@ def activation_scale(weights: DeployedWeights, product: str) -> float:
 def cache_scale(weights: DeployedWeights, layer: int) -> float:
     """`kv_cache_scaling_factor` of a layer: what a cached code is multiplied by to give a key's or a value's channel.
 
-    TensorRT-LLM has one for both (docs/source/advanced/gpt-attention.md, commit 5a211b91: shape [1], codes are value * (1 / scale)); its
-    loader takes the larger of two (`preprocess_weights`, models/modeling_utils.py, commit 34a26727). Keys are cached with unit norm, so no
-    channel exceeds 1; values are bounded as the input of `o` is. That costs no precision, as long as the narrower of the two stays
-    above 2**-6 / 448 of the wider: e4m3 is relative. Rounded weights or hidden states can exceed a bound by their own rounding; up to
-    464 / 448 of it that is e4m3's rounding too, and beyond it saturates.
+    TensorRT-LLM has one for both (docs/source/advanced/gpt-attention.md, commit 5a211b91: shape [1], codes are value
+    * (1 / scale)); its loader takes the larger of two (`preprocess_weights`, models/modeling_utils.py, commit
+    34a26727). Keys are cached with unit norm, so no channel exceeds 1; values are bounded as the input of `o` is.
+    That costs no precision, as long as the narrower of the two stays above 2**-6 / 448 of the wider: e4m3 is
+    relative. Rounded weights or hidden states can exceed a bound by their own rounding; up to 464 / 448 of it that is
+    e4m3's rounding too, and beyond it saturates.
     """
     return max(1.0 / FLOAT8_LARGEST, activation_scale(weights, f"layers.{layer}.attn.o"))
 

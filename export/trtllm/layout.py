@@ -1,8 +1,9 @@
 """Which part of which canonical tensor goes where in a rank's file, without reading any.
 
-Names and shapes are those of the modules in `export.trtllm.model`. q, k and v are one product; o and down are divided by columns and
-everything before them by rows. Embedding and head are divided by vocabulary rows, filled with zero rows up to a multiple of
-tp: an embedding's all-reduce adds zeros to the row that one rank holds, which is exact, and saves V * E / tp on every rank.
+Names and shapes are those of the modules in `export.trtllm.model`. q, k and v are one product; o and down are divided
+by columns and everything before them by rows. Embedding and head are divided by vocabulary rows, filled with zero
+rows up to a multiple of tp: an embedding's all-reduce adds zeros to the row that one rank holds, which is exact, and
+saves V * E / tp on every rank.
 Biases of column-divided products are whole on every rank, because `RowLinear` adds them after its all-reduce
 (tensorrt_llm/layers/linear.py at commit 03961722, `RowLinear.collect_and_bias`).
 """
@@ -47,7 +48,7 @@ PLACES = {
     "mlp.lr": Place("mlp.lr", "whole"),
     "head": Place("lm_head", "vocabulary"),
 }
-"""Canonical part -> place. Modules have TensorRT-LLM's own names, which its quantisation goes by; parts of one module lie below each other."""
+"""Canonical part -> place. Its quantisation goes by these names of modules; parts of one module lie below each other."""
 
 
 def place_of(part: str) -> Place:
@@ -77,7 +78,10 @@ class Entry:
 
 
 def rank_layout(weights: DeployedWeights, parallel: Parallel, rank: int) -> dict[str, Entry]:
-    """Tensors of world rank `rank`, scales of quantisation excepted: name -> Entry. Raises UnsupportedError for a tensor without a place."""
+    """Tensors of world rank `rank`, scales of quantisation excepted: name -> Entry.
+
+    Raises UnsupportedError for a tensor without a place.
+    """
     spec = weights.spec
     stage, tp_rank = divmod(rank, parallel.tp)
     layers, ends = parallel.layers(stage, spec.num_layers), {"embed": 0, "head": parallel.pp - 1}

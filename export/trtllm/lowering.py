@@ -1,20 +1,22 @@
-"""The network over `tensorrt_llm.functional`: the network that `trtllm-build` compiles, one rank and one stage of a pipeline at a time.
+"""The network over `tensorrt_llm.functional`: what `trtllm-build` compiles, one rank and one stage at a time.
 
-Read at: tensorrt_llm/functional.py, NVIDIA/TensorRT-LLM commit 00714966 (the stored commit nearest to tag v1.2.1; the module went with
-the engine flow in 1.3). Contract-tested against tests/doubles/tensorrt_llm_double; not executed on TensorRT-LLM.
+Read at: tensorrt_llm/functional.py, NVIDIA/TensorRT-LLM commit 00714966 (the stored commit nearest to tag v1.2.1; the
+module went with the engine flow in 1.3). Contract-tested against tests/doubles/tensorrt_llm_double; not executed on
+TensorRT-LLM.
 
-Tokens are packed, [num_tokens, E] with the sequences one behind the other (in-flight batching), or padded, [B, S, E]; heads become
-one more axis. What a rank computes on its own: projections by rows, position code, norms per head, sqk**2, attention over its
-heads. Norms over E need the whole vector: they come after the all-reduce that ends `dense` and `proj` (inside `RowLinear`),
-never before it, and every rank then computes the same update. So a layer has two all-reduces, as without normalisation.
-`gpt_attention` scales by 1 / (q_scaling * sqrt(D)) (docs/source/advanced/gpt-attention.md, commit 5a211b91): q_scaling = 1 / D is
-nGPT's sqrt(D). It encodes no positions here, since sqk**2 belongs between the position code and the dot product.
+Tokens are packed, [num_tokens, E] with the sequences one behind the other (in-flight batching), or padded, [B, S, E];
+heads become one more axis. What a rank computes on its own: projections by rows, position code, norms per head,
+sqk**2, attention over its heads. Norms over E need the whole vector: they come after the all-reduce that ends `dense`
+and `proj` (inside `RowLinear`), never before it, and every rank then computes the same update. So a layer has two
+all-reduces, as without normalisation. `gpt_attention` scales by 1 / (q_scaling * sqrt(D))
+(docs/source/advanced/gpt-attention.md, commit 5a211b91): q_scaling = 1 / D is nGPT's sqrt(D). It encodes no positions
+here, since sqk**2 belongs between the position code and the dot product.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +29,9 @@ from export.weights import Array, position_diagonal, rope_tables
 from ngpt.errors import UnsupportedError
 from ngpt.tensor_names import Name
 
+Tensor = Any
+"""`tensorrt_llm.functional.Tensor`, which is not here to be named."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -36,10 +41,10 @@ class Inputs:
     [B] names the rows whose logits are wanted, None for all.
     """
 
-    input_ids: Any
-    position_ids: Any
-    hidden_states: Any
-    last_token_ids: Any
+    input_ids: Tensor
+    position_ids: Tensor
+    hidden_states: Tensor
+    last_token_ids: Tensor
     use_cache: bool
     cache: Any
     attention: Any
@@ -47,7 +52,7 @@ class Inputs:
     paged: bool
 
 
-class TensorRTLLM(Lowering[Any]):
+class TensorRTLLM(Lowering[Tensor]):
     """`model` is an `export.trtllm.model.NGPTForCausalLM`, whose modules hold the weights; `functional` is TensorRT-LLM's."""
 
     def __init__(self, functional: Any, model: Any, inputs: Inputs) -> None:
@@ -60,10 +65,10 @@ class TensorRTLLM(Lowering[Any]):
         self.spec = dataclasses.replace(whole, num_heads=whole.num_heads // tp, num_kv_heads=max(1, whole.num_kv_heads // tp))
         self.key_heads = whole.num_kv_heads
         self._stage: list[int] = self.mapping.pp_layers(whole.num_layers)
-        self.presents: list[Any] = []
+        self.presents: list[Tensor] = []
         self._leading = 1 if inputs.packed else 2
-        self._shared: dict[str, Any] = {}
-        self._products: dict[str, dict[str, Any]] = {}
+        self._shared: dict[str, Tensor] = {}
+        self._products: dict[str, dict[str, Tensor]] = {}
 
     @property
     def layers(self) -> Sequence[int]:
@@ -76,12 +81,12 @@ class TensorRTLLM(Lowering[Any]):
 
     # -- the ends of a stage -------------------------------------------------------------------------------------------
 
-    def embedding(self, name: str) -> Any:
+    def embedding(self, name: str) -> Tensor:
         if self.mapping.is_first_pp_rank():
             return self.tap(name, self.model.transformer.vocab_embedding(self.inputs.input_ids))
         return self.f.recv(self.inputs.hidden_states, self.mapping.prev_pp_rank())
 
-    def linear(self, name: str, x: Any) -> Any:
+    def linear(self, name: str, x: Tensor) -> Tensor:
         x = self._stored(x)
         if name.split(".")[-1] in ("q", "k", "v"):
             return self._part_of_one_product(name, x)
@@ -93,11 +98,11 @@ class TensorRTLLM(Lowering[Any]):
 
     # -- the vocabulary ------------------------------------------------------------------------------------------------
 
-    def split_heads(self, name: str, x: Any, heads: int) -> Any:
+    def split_heads(self, name: str, x: Tensor, heads: int) -> Tensor:
         """[..., heads, D]."""
         return self.f.view(x, [0] * self._leading + [heads, self.spec.head_dim])  # 0 keeps the input's size
 
-    def position(self, name: str, x: Any) -> Any:
+    def position(self, name: str, x: Tensor) -> Tensor:
         """In float32."""
         x = self._wide(x)
         if self.spec.position == "research":
@@ -108,7 +113,7 @@ class TensorRTLLM(Lowering[Any]):
         a, b, *rest = self.f.split(x, sizes, dim=self._leading + 1)
         return self.f.concat([a * cos - b * sin, b * cos + a * sin, *rest], dim=self._leading + 1)
 
-    def l2norm(self, name: str, x: Any, eps: float = 0.0) -> Any:
+    def l2norm(self, name: str, x: Tensor, eps: float = 0.0) -> Tensor:
         """In float32."""
         x = self._wide(x)
         length = self.f.sqrt(self.f.sum(x * x, dim=x.ndim() - 1, keepdim=True))
@@ -116,25 +121,25 @@ class TensorRTLLM(Lowering[Any]):
         guarded = length + eps if eps else self.f.maximum(length, float(np.finfo(np.float32).tiny))
         return x / guarded
 
-    def vector(self, weight: str) -> Any:
+    def vector(self, weight: str) -> Tensor:
         return self._module(weight).value
 
-    def head_vector(self, weight: str, heads: int) -> Any:
+    def head_vector(self, weight: str, heads: int) -> Tensor:
         return self.f.view(self.vector(weight), [1] * self._leading + [heads, self.spec.head_dim])
 
-    def add(self, name: str, x: Any, y: Any) -> Any:
+    def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         x, y = self._alike(x, y)
         return x + y
 
-    def sub(self, name: str, x: Any, y: Any) -> Any:
+    def sub(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         x, y = self._alike(x, y)
         return x - y
 
-    def mul(self, name: str, x: Any, y: Any) -> Any:
+    def mul(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         x, y = self._alike(x, y)
         return x * y
 
-    def activation(self, name: str, kind: str, x: Any) -> Any:
+    def activation(self, name: str, kind: str, x: Tensor) -> Tensor:
         if kind == "relu2":
             positive = self.f.relu(x)
             return positive * positive
@@ -143,11 +148,11 @@ class TensorRTLLM(Lowering[Any]):
             raise UnsupportedError("activation in TensorRT-LLM", expected=", ".join(["relu2", *functions]), found=kind)
         return getattr(self.f, functions[kind])(x)
 
-    def hypersphere_update(self, name: str, h: Any, x: Any, rate: str, eps: float) -> Any:
+    def hypersphere_update(self, name: str, h: Tensor, x: Tensor, rate: str, eps: float) -> Tensor:
         # x is whole: `dense` and `proj` have ended with their all-reduce. Composed in float32; only the result is stored.
         return self.tap(name, self._stored(super().hypersphere_update(f"{name}.f32", self._wide(h), x, rate, eps)))
 
-    def attention(self, name: str, layer: int, q: Any, k: Any, v: Any, scale: float) -> Any:
+    def attention(self, name: str, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         cache, params, size = self.inputs.cache, self.inputs.attention, self.spec.head_dim
         local = layer - self.layers[0]  # TensorRT-LLM counts a stage's layers from 0
         heads = ((q, self.spec.num_heads), (k, self.spec.num_kv_heads), (v, self.spec.num_kv_heads))
@@ -186,7 +191,7 @@ class TensorRTLLM(Lowering[Any]):
 
     # -- helpers -------------------------------------------------------------------------------------------------------
 
-    def tap(self, name: str, x: Any) -> Any:
+    def tap(self, name: str, x: Tensor) -> Tensor:
         """`x`, named so that `trtllm-build --enable_debug_output` makes it an output of the engine."""
         self.model.register_network_output(name, x)
         return x
@@ -201,9 +206,10 @@ class TensorRTLLM(Lowering[Any]):
         return found
 
     def _quantised_cache(self, local: int) -> dict[str, Any]:
-        """Arguments of `gpt_attention` for an fp8 cache: both scales of a layer's keys and values, float32 [1], and the mode; else none.
+        """Arguments of `gpt_attention` for an fp8 cache: both scales of a layer, float32 [1], and the mode; else none.
 
-        As TensorRT-LLM's own attention passes them (tensorrt_llm/layers/attention.py, Ataraksia/TensorRT-LLM commit a451bf93, a fork of 1.x).
+        As TensorRT-LLM's own attention passes them (tensorrt_llm/layers/attention.py, Ataraksia/TensorRT-LLM commit
+        a451bf93, a fork of 1.x).
         """
         if self.model.config.kv_dtype != "fp8":
             return {}
@@ -214,7 +220,7 @@ class TensorRTLLM(Lowering[Any]):
             "kv_cache_quant_mode": self.model.config.quant_mode,
         }
 
-    def _part_of_one_product(self, name: str, x: Any) -> Any:
+    def _part_of_one_product(self, name: str, x: Tensor) -> Tensor:
         """q, k or v, which TensorRT-LLM has as one product: it stands in the network once."""
         layer, part = name.rsplit(".", 1)
         if layer not in self._products:
@@ -223,17 +229,17 @@ class TensorRTLLM(Lowering[Any]):
             self._products[layer] = dict(zip("qkv", parts, strict=True))
         return self._products[layer].pop(part)
 
-    def _wide(self, x: Any) -> Any:
+    def _wide(self, x: Tensor) -> Tensor:
         return self.f.cast(x, "float32")  # nothing where it is that type already
 
-    def _stored(self, x: Any) -> Any:
+    def _stored(self, x: Tensor) -> Tensor:
         return self.f.cast(x, self.dtype)
 
-    def _alike(self, x: Any, y: Any) -> tuple[Any, Any]:
+    def _alike(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Where the types differ, both in float32."""
         return (x, y) if x.dtype == y.dtype else (self._wide(x), self._wide(y))
 
-    def _rows(self, name: str, table: Any) -> Any:
+    def _rows(self, name: str, table: Callable[[], Array]) -> Tensor:
         """Rows of a float32 table [L, width] at each token's position, [..., 1, width]: the same for all layers."""
         if name not in self._shared:
             values: Array = np.ascontiguousarray(table())
@@ -252,7 +258,7 @@ class TensorRTLLMKernels(TensorRTLLM):
         super().__init__(functional, model, inputs)
         self.network, self.architecture = network, architecture
 
-    def hypersphere_update(self, name: str, h: Any, x: Any, rate: str, eps: float) -> Any:
+    def hypersphere_update(self, name: str, h: Tensor, x: Tensor, rate: str, eps: float) -> Tensor:
         rates = self.vector(rate)
         out = registration.hypersphere_update(
             self.network, h.trt_tensor, x.trt_tensor, rates.trt_tensor, eps=eps, architecture=self.architecture

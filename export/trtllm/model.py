@@ -1,10 +1,11 @@
-"""`NGPTForCausalLM` for TensorRT-LLM 1.2's engine flow: modules that hold a rank's weights, and a forward that states the network.
+"""`NGPTForCausalLM` for TensorRT-LLM 1.2's engine flow: modules that hold a rank's weights; forward states the network.
 
     trtllm-build --checkpoint_dir DIR --model_cls_file export/trtllm/model_file.py --model_cls_name NGPTForCausalLM ...
 
-APIs read in NVIDIA/TensorRT-LLM: tensorrt_llm/module.py (commit 000a01de), layers/linear.py (03961722), layers/embedding.py (0f02b7af),
-mapping.py (05ebebb2), models/generation_mixin.py (03ec464e), commands/build.py (65f1d153), builder.py (008b2b8d); models/modeling_utils.py
-in a fork made while 1.2 was current (anish-shanbhag/TensorRT-LLM, 34a26727). Contract-tested; not executed on TensorRT-LLM.
+APIs read in NVIDIA/TensorRT-LLM: tensorrt_llm/module.py (commit 000a01de), layers/linear.py (03961722),
+layers/embedding.py (0f02b7af), mapping.py (05ebebb2), models/generation_mixin.py (03ec464e), commands/build.py
+(65f1d153), builder.py (008b2b8d); models/modeling_utils.py in a fork made while 1.2 was current
+(anish-shanbhag/TensorRT-LLM, 34a26727). Contract-tested; not executed on TensorRT-LLM.
 """
 
 from __future__ import annotations
@@ -58,8 +59,9 @@ class _Layer(Module):
         self.attention.dense = RowLinear(heads, hidden, bias=spec.attention_bias, **tp)
         self.attention.q_scale = Parameter(shape=(heads // mapping.tp_size,), dtype="float32")
         if config.kv_dtype == "fp8":
-            # Reading and writing. `kv_cache_quantize` (quantization/quantize.py, Ataraksia/TensorRT-LLM commit a451bf93) gives them to
-            # TensorRT-LLM's own attention modules alone; `preprocess_weights` makes the second from the first.
+            # Reading and writing. `kv_cache_quantize` (quantization/quantize.py, Ataraksia/TensorRT-LLM commit
+            # a451bf93) gives them to TensorRT-LLM's own attention modules alone; `preprocess_weights` makes the
+            # second from the first.
             self.attention.kv_cache_scaling_factor = Parameter(shape=(1,), dtype="float32")
             self.attention.kv_cache_rcp_scaling_factor = Parameter(shape=(1,), dtype="float32")
         self.attention.lr = Parameter(shape=(hidden,), dtype="float32")

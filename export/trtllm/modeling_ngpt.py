@@ -1,14 +1,17 @@
-"""nGPT for TensorRT-LLM's PyTorch flow (1.3 and later): modules over its attention and parallel linears, loaded from a Hugging Face folder.
+"""nGPT for TensorRT-LLM's PyTorch flow (1.3 and later), over its attention and its parallel linears.
+
+The weights are read from a Hugging Face folder:
 
     trtllm-serve DIR --custom_module_dirs export/trtllm/custom/ngpt_trtllm [--tp_size N]
 
-Pinned to the API of release candidates of 1.3, read in NVIDIA/TensorRT-LLM: tensorrt_llm/_torch/modules/attention.py (commit 00547a25),
-linear.py (00bbf71e), embedding.py (fbbc05dd), models/modeling_utils.py (stored without a commit: the file that defines
-`register_external_model_modules`); later commits move the attention module to _torch/attention (8a67c3c1). Contract-tested against
-tests/doubles/trtllm_torch; not executed on TensorRT-LLM. Quantised checkpoints are refused.
+Pinned to the API of release candidates of 1.3, read in NVIDIA/TensorRT-LLM: tensorrt_llm/_torch/modules/attention.py
+(commit 00547a25), linear.py (00bbf71e), embedding.py (fbbc05dd), models/modeling_utils.py (stored without a commit:
+the file that defines `register_external_model_modules`); later commits move the attention module to _torch/attention
+(8a67c3c1). Contract-tested against tests/doubles/trtllm_torch; not executed on TensorRT-LLM. Quantised checkpoints
+are refused.
 
-Scales fold on loading as for every engine here (`ngpt.weights`); q and k are encoded, normed and scaled before the attention backend,
-which encodes no positions; norms over E follow the all-reduce inside the row-parallel linears.
+Scales fold on loading as for every engine here (`ngpt.weights`); q and k are encoded, normed and scaled before the
+attention backend, which encodes no positions; norms over E follow the all-reduce inside the row-parallel linears.
 """
 
 from __future__ import annotations
@@ -275,7 +278,10 @@ class NGPTForCausalLM(DecoderModelForCausalLM):
             self._load(DeployedWeights(Weights(checkpoint), arithmetic=self._arithmetic))
 
     def _load(self, source: DeployedWeights) -> None:
-        """Give every module its parts of the canonical tensors, one module's in memory at a time. Raises UnsupportedError for one without a place."""
+        """Give every module its parts of the canonical tensors, one module's in memory at a time.
+
+        Raises UnsupportedError for a tensor without a place.
+        """
         mapping, spec = self.model_config.mapping, source.spec
         modules: dict[tuple[int | None, str], dict[str, list[str]]] = {}  # (layer, module) -> part -> names, in order
         for name in source.names():

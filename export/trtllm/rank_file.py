@@ -1,7 +1,7 @@
 """A safetensors file whose header is written first and whose tensors arrive in pieces, so that none is held whole.
 
-Format: https://github.com/huggingface/safetensors (8 bytes of header length, JSON, data). The library's own writer wants every tensor in
-memory at once.
+Format: https://github.com/huggingface/safetensors (8 bytes of header length, JSON, data). The library's own writer
+wants every tensor in memory at once.
 """
 
 from __future__ import annotations

@@ -34,8 +34,9 @@ def open_checkpoint(
     """Open a Hugging Face folder, a research ``ckpt.pt``, or a folder that contains one.
 
     Names, shapes and dtypes are checked here, from the files' headers; `Checkpoint.validate` checks values, and ``off_sphere``
-    is what it does about vectors far from unit norm. ``tokenizer``: a folder or a tokenizer.json to take in place of the checkpoint's;
-    ``eos``: the tokens that end a text, ids or the tokenizer's texts, in place of those that the checkpoint's files name.
+    is what it does about vectors far from unit norm. ``tokenizer``: a folder or a tokenizer.json to take in place of
+    the checkpoint's; ``eos``: the tokens that end a text, ids or the tokenizer's texts, in place of those that the
+    checkpoint's files name.
     Raises subclasses of `CheckpointError`, `ConfigError` or `UnsupportedError`.
     """
     path, given = Path(path), os.fspath(path)

@@ -19,8 +19,8 @@ _BLOCK = 1 << 21  # float64 elements in flight
 class Change:
     """What projecting did to one tensor: ``vectors`` of its ``of`` rows (columns) were scaled to norm 1.
 
-    ``lowest`` and ``highest`` are the norms of those vectors before; ``relative`` is the norm of the whole change over the norm of
-    the tensor. Vectors that are exactly zero have no direction and stay.
+    ``lowest`` and ``highest`` are the norms of those vectors before; ``relative`` is the norm of the whole change
+    over the norm of the tensor. Vectors that are exactly zero have no direction and stay.
     """
 
     name: str

@@ -1,9 +1,10 @@
 """A pickle's instructions followed on paper before `torch.load` is let near them: nothing is imported, called or built.
 
-`torch.load(weights_only=True)` runs no foreign code, but a small hostile file can still make it take hours or all memory (keys that
-are tuples of tuples, ``bytearray(10**12)``), and what it refuses it names only inside advice on how to be less careful. So every
-instruction is followed here first, with markers in place of objects. What comes out is the list of classes that need an inert
-stand-in: training code leaves its configuration class, NumPy's random state and other things beside the weights.
+`torch.load(weights_only=True)` runs no foreign code, but a small hostile file can still make it take hours or all
+memory (keys that are tuples of tuples, ``bytearray(10**12)``), and what it refuses it names only inside advice on how
+to be less careful. So every instruction is followed here first, with markers in place of objects. What comes out is
+the list of classes that need an inert stand-in: training code leaves its configuration class, NumPy's random state
+and other things beside the weights.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ _BLOCKED = frozenset({"sys", "os", "posix", "nt"})
 class StandIns:
     """Full names of the classes and constructors that need a stand-in, and of those that are filled like a dict or a list.
 
-    Of some an instance takes a state: `attributes` where it is like a dict (EasyDict and its kin have both), `stateful` any other.
+    Of some an instance takes a state: `attributes` where it is like a dict (EasyDict and its kin have both),
+    `stateful` any other.
     """
 
     plain: set[str] = field(default_factory=set)

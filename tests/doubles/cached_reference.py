@@ -1,8 +1,8 @@
 """TEST DOUBLE: tests/doubles/reference.py's network over an engine's inputs, with the cache in the arrays it is given.
 
-Every input counts on its own: positions come from position_ids alone, what may be attended to from lengths alone, where keys and values
-go from write_at alone, and which logits are wanted from logit_rows alone. What lies in the cache past a row's length is multiplied
-by zero, so that NaN there shows.
+Every input counts on its own: positions come from position_ids alone, what may be attended to from lengths alone,
+where keys and values go from write_at alone, and which logits are wanted from logit_rows alone. What lies in the
+cache past a row's length is multiplied by zero, so that NaN there shows.
 """
 
 from __future__ import annotations

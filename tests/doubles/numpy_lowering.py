@@ -13,7 +13,10 @@ from tests.doubles.reference import activation, unit
 
 
 class NumpyLowering(Lowering):
-    """`define_network(NumpyLowering(weights, ids))` is the logits [B, S, V] of whole sequences ids [B, S]; `taps` has every result by name."""
+    """`define_network(NumpyLowering(weights, ids))` is the logits [B, S, V] of whole sequences ids [B, S].
+
+    `taps` has every result by name.
+    """
 
     def __init__(self, weights, ids):
         super().__init__(weights)

@@ -1,7 +1,7 @@
 """Stands in for the module `tensorrt_llm` where a packaged model imports it: `LLM` and `SamplingParams` as far as that model uses them.
 
-Generates with this project's ONNX engine ($NGPT_DOUBLE_ENGINE, code from $NGPT_DOUBLE_ROOT), so the tokens are real; says nothing about TensorRT-LLM
-itself. Keyword arguments that the real classes lack are refused.
+Generates with this project's ONNX engine ($NGPT_DOUBLE_ENGINE, code from $NGPT_DOUBLE_ROOT), so the tokens are real;
+says nothing about TensorRT-LLM itself. Keyword arguments that the real classes lack are refused.
 """
 
 import os

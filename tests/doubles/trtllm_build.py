@@ -1,7 +1,8 @@
 """TEST DOUBLE of the program `trtllm-build` 1.2: its options (tensorrt_llm/commands/build.py, commit 65f1d153) and its order of work.
 
-It loads the class as the program does (module `models`, configuration looked up in MODEL_MAP) and every rank's weights through the
-double of the API; the "engines" it writes say which rank they are. Environment: TRTLLM_FAIL makes it fail after the first rank.
+It loads the class as the program does (module `models`, configuration looked up in MODEL_MAP) and every rank's
+weights through the double of the API; the "engines" it writes say which rank they are. Environment: TRTLLM_FAIL makes
+it fail after the first rank.
 """
 
 import argparse

@@ -1,9 +1,10 @@
 """TEST DOUBLE of the part of TensorRT-LLM 1.3's PyTorch flow that `export.trtllm.modeling_ngpt` uses, on the CPU.
 
-Our reading of tensorrt_llm/_torch/modules/attention.py (commit 00547a25), linear.py (00bbf71e), embedding.py (fbbc05dd), decoder_layer.py
-(1cef851e) and models/modeling_utils.py (no commit known): signatures are theirs, unused arguments are absent, meanings the documented
-ones. Ranks are threads that meet in their collectives (tests/doubles/tensorrt_llm_double/world.py). Kernels, CUDA graphs, the executor
-and quantised linears are not modelled.
+Our reading of tensorrt_llm/_torch/modules/attention.py (commit 00547a25), linear.py (00bbf71e), embedding.py
+(fbbc05dd), decoder_layer.py (1cef851e) and models/modeling_utils.py (no commit known): signatures are theirs, unused
+arguments are absent, meanings the documented ones. Ranks are threads that meet in their collectives
+(tests/doubles/tensorrt_llm_double/world.py). Kernels, CUDA graphs, the executor and quantised linears are not
+modelled.
 """
 
 import math

@@ -18,7 +18,7 @@ OLD_FEATURES = ("has_cache_update", "has_rotary", "has_attention", "has_lengths"
 
 
 class Network(ExitStack):
-    """`builder`, `network`, `spec`, `weights`; a context manager, for the network refers to the checkpoint and the file of its weights."""
+    """`builder`, `network`, `spec`, `weights`. A context manager: the network refers to open files."""
 
     def __init__(self, folder, library, precision="fp32", taps=(), lowering=TensorRT, instead=None):
         super().__init__()

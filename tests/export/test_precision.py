@@ -1,4 +1,4 @@
-"""Formats of weights: error bounds that follow from the step, odd widths, bytes that are those of the arrays, spellings that are read back."""
+"""Formats of weights: error bounds from the step, odd widths, bytes as the arrays have them, spellings read back."""
 
 import dataclasses
 

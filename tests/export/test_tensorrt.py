@@ -1,7 +1,7 @@
 """The TensorRT lowering: the network that TensorRT-RTX holds, computed in NumPy, against golden data.
 
-The arithmetic is tests/doubles/tensorrt_evaluator.py's, our reading of each layer's documented meaning: it needs no GPU and proves
-nothing about one.
+The arithmetic is tests/doubles/tensorrt_evaluator.py's, our reading of each layer's documented meaning: it needs no
+GPU and proves nothing about one.
 """
 
 import dataclasses

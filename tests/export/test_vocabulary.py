@@ -1,6 +1,7 @@
-"""The vocabulary means the same in every lowering: each coarse operation, composed of fine ones and fused, and whole networks of both.
+"""The vocabulary means the same in every lowering: coarse operations, fused and composed, and whole networks.
 
-Each bench runs operations of one lowering on arrays, with heads as [B, S, heads, D]; the truth is the vocabulary in NumPy float64.
+Each bench runs operations of one lowering on arrays, with heads as [B, S, heads, D]; the truth is the vocabulary in
+NumPy float64.
 """
 
 import ast

@@ -1,6 +1,7 @@
 """Plays the runtime of TensorRT-LLM's engine flow for the double: a batch of requests, a paged or contiguous cache, all ranks.
 
-What each input holds in context and generation follows cpp/tensorrt_llm/batch_manager/runtimeBuffers.cpp (`setFromInputs`) as stored.
+What each input holds in context and generation follows cpp/tensorrt_llm/batch_manager/runtimeBuffers.cpp
+(`setFromInputs`) as stored.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""The fp8 key-value cache on the double: it costs what rounding keys and values costs, its scales saturate nothing, wrong ones show.
+"""The fp8 key-value cache on the double: it costs what rounding costs, its scales saturate nothing, wrong ones show.
 
 The first tokens are one context request, which reads its own keys and values; every later token is decoded from the cache.
 """
@@ -29,7 +29,7 @@ def rms(error):
 
 
 class Cached(Reference):
-    """float64, but for keys and values that tokens from CONTEXT on read: rounded to e4m3 with a scale a layer. Keeps what it saw."""
+    """float64, but keys and values that tokens from CONTEXT on read are e4m3 with a scale a layer. Keeps what it saw."""
 
     def __init__(self, weights, scales):
         super().__init__(weights)

@@ -1,4 +1,4 @@
-"""Quantised TensorRT-LLM networks on the double: the arithmetic meant is the one computed, and fp8's scales need no calibration data."""
+"""Quantised TensorRT-LLM networks on the double: the arithmetic is the one meant; fp8's scales need no calibration."""
 
 import numpy as np
 import pytest

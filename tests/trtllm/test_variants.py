@@ -1,4 +1,4 @@
-"""Every variant of the architecture on the double of TensorRT-LLM, four ways divided and in two stages, against PyTorch in float64."""
+"""Every variant of the architecture on the double of TensorRT-LLM, divided 4 x 2 ways, against PyTorch in float64."""
 
 import numpy as np
 import pytest

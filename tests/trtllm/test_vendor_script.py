@@ -1,4 +1,4 @@
-"""What can be checked here of scripts/verify_on_vendor_container.sh and its parity step: syntax, refusals, the two steps around the engine."""
+"""scripts/verify_on_vendor_container.sh and its parity step, as far as they run here: syntax, refusals, steps around the engine."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The network with ONNX Runtime's contributed kernels: fused coarse operations, a cache shared in place, quantised matrices as MatMulNBits."""
+"""The network with ONNX Runtime's own kernels: fused operations, a cache shared in place, quantised matrices."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ class OnnxRuntime(OnnxPortable):
     def prepare(self) -> None:
         """GroupQueryAttention wants each row's length less one, and the longest: both come from the attention mask.
 
-        The kernel counts from the start of a row: padding before a token would be attended to, and nothing said. So rows are looked
-        at: the last real token of a first call stands right after the others, and in later calls at most as far behind them as the
-        past is long. A row where it does not is left out of the lengths, and Reshape, whose name is then in the runtime's error, stops.
+        The kernel counts from the start of a row: padding before a token would be attended to, and nothing said. So
+        rows are looked at: the last real token of a first call stands right after the others, and in later calls at
+        most as far behind them as the past is long. A row where it does not is left out of the lengths, and Reshape,
+        whose name is then in the runtime's error, stops.
         """
         one = self._constant("one", np.array([1], np.int64))
         count = self._node("ReduceSum", [self.attention_mask, one], "mask.lengths", keepdims=0)

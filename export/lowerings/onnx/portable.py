@@ -1,4 +1,6 @@
-"""The network as an ONNX graph of standard operators (opset 23: Attention, RotaryEmbedding, RMSNormalization), built with onnx_ir.
+"""The network as an ONNX graph of standard operators, built with onnx_ir.
+
+Opset 23 brings Attention, RotaryEmbedding and RMSNormalization.
 
 Inputs and outputs follow the optimum / onnxruntime-genai convention: input_ids, attention_mask, position_ids int64,
 past_key_values.{i}.key / .value [B, K, past, D]; logits [B, S, V], present.{i}.key / .value.
@@ -23,7 +25,8 @@ OPSET = 23
 DATA_TYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
 # Far below the mean square of any row but a zero one, which it turns into zeros instead of NaN.
 ZERO_ROW_EPSILON = 1e-30
-# Other people's tools go by these names: transformers.js makes its first, empty cache from them, optimum computes sizes from them.
+# Other people's tools go by these names: transformers.js makes its first, empty cache from them, optimum computes
+# sizes from them.
 BATCH, NEW, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "past_sequence_length + sequence_length"
 
 
@@ -233,9 +236,8 @@ class OnnxPortable(GraphBuilder, Lowering[ir.Value]):
 
     def _rope_tables(self) -> tuple[ir.Value, ir.Value]:
         shape = [self.spec.max_length, self.spec.rotary_dim // 2]
-        tables = (self._weight(f"rope.{n}", lambda i=i: rope_tables(self.spec)[i], shape) for i, n in enumerate(("cos", "sin")))  # type: ignore[misc]
-        cos, sin = tables
-        return cos, sin
+        cos = self._weight("rope.cos", lambda: rope_tables(self.spec)[0], shape)
+        return cos, self._weight("rope.sin", lambda: rope_tables(self.spec)[1], shape)
 
     def _gathered_diagonal(self) -> ir.Value:
         if "position.diagonal" not in self.values:

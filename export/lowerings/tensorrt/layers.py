@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.lowerings.base import Lowering
-from export.lowerings.tensorrt.library import Library
+from export.lowerings.tensorrt.library import DataType, Layer, Library, Network, Tensor
 from export.lowerings.tensorrt.weights_file import WeightsFile
 from export.precision import TENSORRT, Precision
 from export.quantize import rounded
@@ -19,14 +19,14 @@ from ngpt.errors import UnsupportedError
 from ngpt.progress import Progress, silent
 
 
-class TensorRTLayers(Lowering[Any]):
+class TensorRTLayers(Lowering[Tensor]):
     """What every operation here is made of. Raises BuildError with the library's own reason where it refuses a layer."""
 
     def __init__(
         self,
         weights: DeployedWeights,
         library: Library,
-        network: Any,
+        network: Network,
         scratch: WeightsFile,
         precision: Precision = TENSORRT["fp16"],
         progress: Progress = silent,
@@ -39,24 +39,24 @@ class TensorRTLayers(Lowering[Any]):
         self.float32, self.int32 = library.dtype("float32"), library.dtype("int32")
         self.stored = library.dtype(precision.arithmetic)
         library.dtype(precision.projections.code)  # refused by name before any work
-        self.values: dict[str, Any] = {}
+        self.values: dict[str, Tensor] = {}
         self.prepare()
 
     def prepare(self) -> None:
         """The network's inputs, and what all layers share."""
 
-    def input(self, name: str, dtype: Any, shape: tuple[int, ...]) -> Any:
+    def input(self, name: str, dtype: DataType, shape: tuple[int, ...]) -> Tensor:
         tensor = self.network.add_input(name, dtype, shape)
         self.library.check(f"the input {name}")
         self.values[name] = tensor
         return tensor
 
-    def made(self, name: str, layer: Any) -> Any:
+    def made(self, name: str, layer: Layer) -> Layer:
         """A new layer, or BuildError with the library's reason."""
         self.library.check(f"the layer {name}")
         return layer
 
-    def out(self, name: str, layer: Any) -> Any:
+    def out(self, name: str, layer: Layer) -> Tensor:
         """The named output of a layer; asking for its shape makes the library check the layer now."""
         self.made(name, layer).name = name
         tensor = layer.get_output(0)
@@ -67,14 +67,14 @@ class TensorRTLayers(Lowering[Any]):
         self.values[name] = tensor
         return tensor
 
-    def named(self, name: str, tensor: Any) -> Any:
+    def named(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor that somebody else's layer made, under the network's own name."""
         tensor.name = name
         self.library.check(f"the tensor {name}")
         self.values[name] = tensor
         return tensor
 
-    def constant(self, name: str, array: NDArray[Any], dtype: Any = None, shape: Sequence[int] | None = None) -> Any:
+    def constant(self, name: str, array: NDArray[Any], dtype: DataType = None, shape: Sequence[int] | None = None) -> Tensor:
         """A constant; `dtype` and `shape` where they are not the array's own (bfloat16, 4-bit). Same name, same constant."""
         if name not in self.values:
             array = self.scratch.add(np.ascontiguousarray(array))
@@ -84,29 +84,29 @@ class TensorRTLayers(Lowering[Any]):
             self.out(name, self.network.add_constant(shape, weights))
         return self.values[name]
 
-    def weight(self, name: str, load: Callable[[], NDArray[np.float32]], shape: Sequence[int]) -> Any:
+    def weight(self, name: str, load: Callable[[], NDArray[np.float32]], shape: Sequence[int]) -> Tensor:
         """A tensor in the stored type."""
         if name not in self.values:
             return self.constant(name, rounded(load(), self.precision.arithmetic), self.stored, shape)
         return self.values[name]
 
-    def scalar(self, name: str, value: float, rank: int) -> Any:
+    def scalar(self, name: str, value: float, rank: int) -> Tensor:
         return self.constant(name, np.full((1,) * rank, value, np.float32))
 
-    def cast(self, name: str, x: Any, dtype: Any, *, always: bool = False) -> Any:
+    def cast(self, name: str, x: Tensor, dtype: DataType, *, always: bool = False) -> Tensor:
         if x.dtype == dtype and not always:
             return x
         if x.dtype == dtype:
             return self.out(name, self.network.add_identity(x))
         return self.out(name, self.network.add_cast(x, dtype))
 
-    def wide(self, name: str, x: Any) -> Any:
+    def wide(self, name: str, x: Tensor) -> Tensor:
         return self.cast(name, x, self.float32)
 
-    def narrow(self, name: str, x: Any) -> Any:
+    def narrow(self, name: str, x: Tensor) -> Tensor:
         return self.cast(name, x, self.stored)
 
-    def binary(self, name: str, x: Any, y: Any, operation: Any) -> Any:
+    def binary(self, name: str, x: Tensor, y: Tensor, operation: Any) -> Tensor:
         """Elementwise; where the types differ, in float32."""
         if x.dtype != y.dtype:
             x, y = self.wide(f"{name}.x", x), self.wide(f"{name}.y", y)
@@ -115,11 +115,11 @@ class TensorRTLayers(Lowering[Any]):
     def reshape(
         self,
         name: str,
-        x: Any,
+        x: Tensor,
         shape: Sequence[int] | None,
         then: Sequence[int] | None = None,
         first: Sequence[int] | None = None,
-    ) -> Any:
+    ) -> Tensor:
         """Transpose (`first`), reshape (0 keeps a dimension, -1 is inferred), transpose (`then`): one layer."""
         if name in self.values:
             return self.values[name]
@@ -132,14 +132,14 @@ class TensorRTLayers(Lowering[Any]):
             layer.second_transpose = tuple(then)
         return self.out(name, layer)
 
-    def slice(self, name: str, x: Any, start: tuple[int, ...], fixed: tuple[int, ...]) -> Any:
+    def slice(self, name: str, x: Tensor, start: tuple[int, ...], fixed: tuple[int, ...]) -> Tensor:
         """Part of x [B, *, S, *]; `fixed` states the sizes with 0 for B and S, which are known at run time only."""
         size = self.size(x, fixed)
         layer = self.network.add_slice(x, start, (0,) * len(start), (1,) * len(start))
         self.made(name, layer).set_input(2, size)
         return self.out(name, layer)
 
-    def size(self, x: Any, fixed: tuple[int, ...]) -> Any:
+    def size(self, x: Tensor, fixed: tuple[int, ...]) -> Tensor:
         """`fixed` with B and S filled in as a shape tensor. Every tensor has the same two, so one per `fixed` serves all."""
         name = "size." + "x".join(map(str, fixed))
         if name not in self.values:
@@ -149,16 +149,16 @@ class TensorRTLayers(Lowering[Any]):
             self.binary(name, kept, self.constant64(f"{name}.fixed", list(fixed)), self.trt.ElementWiseOperation.SUM)
         return self.values[name]
 
-    def constant64(self, name: str, values: list[int]) -> Any:
+    def constant64(self, name: str, values: list[int]) -> Tensor:
         return self.constant(name, np.array(values, np.int64), self.trt.DataType.INT64)
 
-    def heads(self, name: str, x: Any, start: int, count: int) -> Any:
+    def heads(self, name: str, x: Tensor, start: int, count: int) -> Tensor:
         return self.slice(name, x, (0, start, 0, 0), (0, count, 0, self.spec.head_dim))
 
-    def channels(self, name: str, x: Any, start: int, count: int) -> Any:
+    def channels(self, name: str, x: Tensor, start: int, count: int) -> Tensor:
         return self.slice(name, x, (0, 0, 0, start), (0, int(x.shape[1]), 0, count))
 
-    def matmul(self, name: str, x: Any, parts: Sequence[str]) -> Any:
+    def matmul(self, name: str, x: Tensor, parts: Sequence[str]) -> Tensor:
         """x times the stacked matrices of `parts` (transposed), plus their stacked biases."""
         layer = name.split(".")[1] if "." in name else str(self.spec.num_layers)
         self.progress(f"reading {name}", int(layer) / (self.spec.num_layers + 1))
@@ -179,7 +179,7 @@ class TensorRTLayers(Lowering[Any]):
     def stack(self, parts: Sequence[str], kind: str) -> NDArray[np.float32]:
         return np.concatenate([self.weights.get(f"{part}.{kind}") for part in parts])
 
-    def matrix(self, name: str, load: Callable[[], NDArray[np.float32]], rows: int, columns: int) -> Any:
+    def matrix(self, name: str, load: Callable[[], NDArray[np.float32]], rows: int, columns: int) -> Tensor:
         """A weight matrix [rows, columns] in the stored type, dequantised in the network where it is stored narrower."""
         stored = self.precision.format_of(name)
         if stored.plain:

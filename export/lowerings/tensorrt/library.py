@@ -1,8 +1,9 @@
 """One small face of `tensorrt` 10, `tensorrt` 11 and `tensorrt_rtx`: what each has, and its errors as exceptions.
 
-The three libraries share a network API and differ in which layers exist. `Library` asks the module itself (never a version number)
-and reports mistakes where they are made: the library logs an error, returns None or an impossible shape, and goes on.
-tensorrt_rtx 1.7.1 builds in this project's tests; `tensorrt` itself is contract-tested, not executed.
+The three libraries share a network API and differ in which layers exist. `Library` asks the module itself (never a
+version number) and reports mistakes where they are made: the library logs an error, returns None or an impossible
+shape, and goes on. tensorrt_rtx 1.7.1 builds in this project's tests; `tensorrt` itself is contract-tested, not
+executed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,12 @@ from typing import Any
 
 from ngpt.errors import BuildError, UnsupportedError, missing_package
 from ngpt.progress import Progress, silent
+
+# Handles of the library's. The three libraries share no types that a checker could read: these names are for readers.
+Tensor = Any
+Layer = Any
+Network = Any
+DataType = Any
 
 _EXTRA = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
 
@@ -40,7 +47,7 @@ class Library:
         self.has_lengths = hasattr(network, "add_attention_v2") and hasattr(module.IAttention, "key_value_lengths")
         self.log = _logger(module)
 
-    def dtype(self, name: str) -> Any:
+    def dtype(self, name: str) -> DataType:
         """DataType of a type's name (float32, float16, bfloat16, int8, int4, float8_e4m3, int32).
 
         Raises UnsupportedError where this version has no such type.
@@ -64,7 +71,7 @@ class Library:
         if errors := self.log.take():
             raise BuildError(f"{self.name} refuses {what}", found=" | ".join(errors)[:2000])
 
-    def create_network(self) -> tuple[Any, Any]:
+    def create_network(self) -> tuple[Any, Network]:
         """(builder, strongly typed network). TensorRT 11 and RTX know no other kind; TensorRT 10 is told so."""
         builder = self.trt.Builder(self.log)
         flag = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
@@ -72,7 +79,7 @@ class Library:
         self.check("a new network")
         return builder, network
 
-    def build(self, builder: Any, network: Any, config: Any, path: Path, progress: Progress = silent) -> int:
+    def build(self, builder: Any, network: Network, config: Any, path: Path, progress: Progress = silent) -> int:
         """Build the plan into a file, streamed where the library can; returns its bytes. Raises BuildError."""
         # The library reports progress from a thread of its own and needs the interpreter's lock for it.
         config.progress_monitor = None if progress is silent else _monitor(self.trt, progress)

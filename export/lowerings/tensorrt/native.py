@@ -12,12 +12,12 @@ TensorRT-RTX 1.7.1 builds these networks in the tests; no engine has been execut
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from export.lowerings.tensorrt import older_versions
 from export.lowerings.tensorrt.layers import TensorRTLayers
+from export.lowerings.tensorrt.library import Network, Tensor
 from export.weights import position_diagonal, rope_tables
 from ngpt.errors import UnsupportedError
 
@@ -38,7 +38,7 @@ class TensorRT(TensorRTLayers):
                 self.input(f"past_key_values.{layer}.{kind}", self.stored, cache)
         self._mask = self._causal_mask()
 
-    def finish(self, logits: Any, taps: Sequence[str] = ()) -> Any:
+    def finish(self, logits: Tensor, taps: Sequence[str] = ()) -> Network:
         """Mark the outputs: `logits` [R, V], the caches, and the tensors that `taps` names. Returns the network."""
         logits = self.cast("logits", logits, self.float32, always=True)
         self.network.mark_output(logits)
@@ -52,20 +52,20 @@ class TensorRT(TensorRTLayers):
 
     # -- the vocabulary ------------------------------------------------------------------------------------------------
 
-    def embedding(self, name: str) -> Any:
+    def embedding(self, name: str) -> Tensor:
         table = self.weight("embed.table", lambda: self.weights.get("embed"), self.weights.shape("embed"))
         return self.out(name, self.network.add_gather(table, self.input_ids, 0))
 
-    def linear(self, name: str, x: Any) -> Any:
+    def linear(self, name: str, x: Tensor) -> Tensor:
         if name == "head":  # only the tokens whose logits somebody wants
             flat = self.reshape(f"{name}.tokens", x, (-1, self.spec.hidden_size))
             x = self.out(f"{name}.rows", self.network.add_gather(flat, self.logit_rows, 0))
         return self.matmul(name, x, [name])
 
-    def split_heads(self, name: str, x: Any, heads: int) -> Any:
+    def split_heads(self, name: str, x: Tensor, heads: int) -> Tensor:
         return self.reshape(name, x, (0, 0, heads, self.spec.head_dim), (0, 2, 1, 3))
 
-    def position(self, name: str, x: Any) -> Any:
+    def position(self, name: str, x: Tensor) -> Tensor:
         if self.spec.position == "research":
             table = self.constant("position.table", position_diagonal(self.spec))
             return self.mul(name, x, self._by_position("position.diagonal", table))
@@ -77,14 +77,14 @@ class TensorRT(TensorRTLayers):
         self.made(name, layer).set_input(3, self.position_ids)
         return self.out(name, layer)
 
-    def _by_position(self, name: str, table: Any) -> Any:
+    def _by_position(self, name: str, table: Tensor) -> Tensor:
         """Rows of a table [L, width] at each token's position: [B, 1, S, width]; the same for all layers."""
         if name not in self.values:
             rows = self.out(f"{name}.gathered", self.network.add_gather(table, self.position_ids, 0))
             self.reshape(name, rows, (0, 1, -1, int(table.shape[1])))
         return self.values[name]
 
-    def l2norm(self, name: str, x: Any, eps: float = 0.0) -> Any:
+    def l2norm(self, name: str, x: Tensor, eps: float = 0.0) -> Tensor:
         x = self.wide(f"{name}.wide", x)
         last = 1 << (len(x.shape) - 1)
         squares = self.mul(f"{name}.squares", x, x)
@@ -97,22 +97,22 @@ class TensorRT(TensorRTLayers):
         length = self.binary(f"{name}.guarded", length, guard_value, operation)
         return self.binary(name, x, length, self.trt.ElementWiseOperation.DIV)
 
-    def vector(self, weight: str) -> Any:
+    def vector(self, weight: str) -> Tensor:
         return self.constant(weight, self.weights.get(weight)[None, None])
 
-    def head_vector(self, weight: str, heads: int) -> Any:
+    def head_vector(self, weight: str, heads: int) -> Tensor:
         return self.constant(weight, self.weights.get(weight).reshape(1, heads, 1, self.spec.head_dim))
 
-    def add(self, name: str, x: Any, y: Any) -> Any:
+    def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         return self.binary(name, x, y, self.trt.ElementWiseOperation.SUM)
 
-    def sub(self, name: str, x: Any, y: Any) -> Any:
+    def sub(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         return self.binary(name, x, y, self.trt.ElementWiseOperation.SUB)
 
-    def mul(self, name: str, x: Any, y: Any) -> Any:
+    def mul(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         return self.binary(name, x, y, self.trt.ElementWiseOperation.PROD)
 
-    def activation(self, name: str, kind: str, x: Any) -> Any:
+    def activation(self, name: str, kind: str, x: Tensor) -> Tensor:
         types = self.trt.ActivationType
         if kind == "silu":
             return self.mul(name, x, self.out(f"{name}.sigmoid", self.network.add_activation(x, types.SIGMOID)))
@@ -126,7 +126,7 @@ class TensorRT(TensorRTLayers):
         positive = self.out(f"{name}.relu", self.network.add_activation(x, types.RELU))
         return self.mul(name, positive, positive)
 
-    def queries_keys_values(self, name: str, h: Any) -> tuple[Any, Any, Any]:
+    def queries_keys_values(self, name: str, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One product for all three; q and k are encoded and normed together."""
         heads, keys, size = self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_dim
         packed = self.matmul(f"{name}.qkv", h, [f"{name}.{part}" for part in "qkv"])
@@ -139,12 +139,12 @@ class TensorRT(TensorRTLayers):
         scaled = self.mul(f"{name}.qk_scaled", unit, scale)
         return self.heads(f"{name}.q_scaled", scaled, 0, heads), self.heads(f"{name}.k_norm", scaled, heads, keys), v
 
-    def hypersphere_update(self, name: str, h: Any, x: Any, rate: str, eps: float) -> Any:
+    def hypersphere_update(self, name: str, h: Tensor, x: Tensor, rate: str, eps: float) -> Tensor:
         # Composed in float32; only its result is stored.
         wide = super().hypersphere_update(f"{name}.f32", self.wide(f"{name}.h", h), x, rate, eps)
         return self.cast(name, wide, self.stored, always=True)
 
-    def attention(self, name: str, layer: int, q: Any, k: Any, v: Any, scale: float) -> Any:
+    def attention(self, name: str, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         # IAttention has no scale of its own.
         q = self.narrow(f"{name}.queries", self.mul(f"{name}.queries_wide", q, self.scalar(f"{name}.scale", scale, 4)))
         keys = self._append(f"present.{layer}.key", self.values[f"past_key_values.{layer}.key"], k)
@@ -155,22 +155,22 @@ class TensorRT(TensorRTLayers):
 
     # -- attention -----------------------------------------------------------------------------------------------------
 
-    def _causal_mask(self) -> Any:
-        """Whether a query may see a key: bool [B, 1, S, L]. Keys lie in the cache at their positions, so the order says it all."""
+    def _causal_mask(self) -> Tensor:
+        """Whether a query may see a key: bool [B, 1, S, L]. Keys lie in the cache at their positions: the order says it."""
         length = self.spec.max_length
         keys = self.constant("mask.keys", np.arange(length, dtype=np.int32)[None, None, None])
         rows = self.reshape("mask.queries", self.position_ids, (0, 1, -1, 1))
         later = self.out("mask.later", self.network.add_elementwise(keys, rows, self.trt.ElementWiseOperation.GREATER))
         return self.out("mask", self.network.add_unary(later, self.trt.UnaryOperation.NOT))
 
-    def _append(self, name: str, past: Any, new: Any) -> Any:
+    def _append(self, name: str, past: Tensor, new: Tensor) -> Tensor:
         """The cache with the new keys or values [B, K, S, D] at write_at."""
         new = self.narrow(f"{name}.new", new)
         if not self.library.has_cache_update:
             return older_versions.append(self, name, past, new, self.write_at, self.input_ids)
         return self.out(name, self.network.add_kv_cache_update(past, new, self.write_at, self.trt.KVCacheMode.LINEAR))
 
-    def _attend(self, name: str, q: Any, keys: Any, values: Any) -> Any:
+    def _attend(self, name: str, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """softmax(q k^T, masked) v over the whole cache: [B, H, S, D]; q carries the scale."""
         if not self.library.has_attention:
             return older_versions.attend(self, name, q, keys, values, self._mask)

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from export.lowerings.tensorrt.layers import TensorRTLayers
+from export.lowerings.tensorrt.library import Tensor
 
 
-def rotate(ops: TensorRTLayers, name: str, x: Any, cos: Any, sin: Any) -> Any:
+def rotate(ops: TensorRTLayers, name: str, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate-half of x [B, N, S, D] by cos and sin [B, 1, S, R / 2]; channels from R on pass through."""
     half, size = ops.spec.rotary_dim // 2, ops.spec.head_dim
     x = ops.wide(f"{name}.wide", x)
@@ -28,8 +29,8 @@ def rotate(ops: TensorRTLayers, name: str, x: Any, cos: Any, sin: Any) -> Any:
     return ops.out(name, joined)
 
 
-def append(ops: TensorRTLayers, name: str, past: Any, new: Any, write_at: Any, input_ids: Any) -> Any:
-    """past [B, K, L, D] with new [B, K, S, D] at write_at [B]: for every place of the cache, the new value it takes or the old."""
+def append(ops: TensorRTLayers, name: str, past: Tensor, new: Tensor, write_at: Tensor, input_ids: Tensor) -> Tensor:
+    """past [B, K, L, D] with new [B, K, S, D] at write_at [B]: each place of the cache takes the new value or keeps its own."""
     inside, fresh = _places(ops, write_at, input_ids)
     gather = ops.network.add_gather(ops.reshape(f"{name}.by_token", new, None, (0, 2, 1, 3)), inside, 1)
     ops.made(f"{name}.spread", gather).num_elementwise_dims = 1
@@ -37,7 +38,7 @@ def append(ops: TensorRTLayers, name: str, past: Any, new: Any, write_at: Any, i
     return ops.out(name, ops.network.add_select(fresh, spread, past))
 
 
-def _places(ops: TensorRTLayers, write_at: Any, input_ids: Any) -> tuple[Any, Any]:
+def _places(ops: TensorRTLayers, write_at: Tensor, input_ids: Tensor) -> tuple[Any, Any]:
     """(which new token each place of the cache would take [B, L], whether it takes one [B, 1, L, 1]); the same for all layers."""
     if "cache.takes" not in ops.values:
         operations = ops.trt.ElementWiseOperation
@@ -56,7 +57,7 @@ def _places(ops: TensorRTLayers, write_at: Any, input_ids: Any) -> tuple[Any, An
     return ops.values["cache.inside"], ops.values["cache.takes"]
 
 
-def attend(ops: TensorRTLayers, name: str, q: Any, keys: Any, values: Any, mask: Any) -> Any:
+def attend(ops: TensorRTLayers, name: str, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """softmax(q k^T where mask) v, query heads grouped by their key head: [B, H, S, D]. No row of the mask is empty."""
     spec, operation = ops.spec, ops.trt.MatrixOperation
     groups = spec.num_heads // spec.num_kv_heads

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from export.lowerings.tensorrt.library import Tensor
 from export.lowerings.tensorrt.native import TensorRT
 from export.plugins import registration
 from export.plugins.kernels import HypersphereUpdate, QKNorm
@@ -18,7 +19,7 @@ from ngpt.errors import UnsupportedError
 class TensorRTPlugins(TensorRT):
     """Overrides the two coarse operations that the kernels are."""
 
-    def queries_keys_values(self, name: str, h: Any) -> tuple[Any, Any, Any]:
+    def queries_keys_values(self, name: str, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         spec = self.spec
         if spec.position != "rope" or not _takes(
             QKNorm, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.rotary_dim, "float32"
@@ -35,7 +36,7 @@ class TensorRTPlugins(TensorRT):
         )  # fmt: skip
         return self.named(f"{name}.q_scaled", q), self.named(f"{name}.k_norm", k), values
 
-    def hypersphere_update(self, name: str, h: Any, x: Any, rate: str, eps: float) -> Any:
+    def hypersphere_update(self, name: str, h: Tensor, x: Tensor, rate: str, eps: float) -> Tensor:
         if not _takes(HypersphereUpdate, self.spec.hidden_size, eps, "float32"):
             return super().hypersphere_update(name, h, x, rate, eps)
         rates = self.constant(f"{rate}.flat", self.weights.get(rate))

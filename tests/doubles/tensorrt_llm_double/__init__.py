@@ -1,9 +1,9 @@
 """TEST DOUBLE of the part of TensorRT-LLM 1.2's engine flow that this project calls, computing eagerly in torch on the CPU.
 
-It is our reading of the public source, not TensorRT-LLM: signatures are the source's (each function names the file and commit it was
-read at), meanings are the documented ones, and what the project does not use is absent, so a call outside it fails. Wrong argument
-names, shapes and types fail too; TensorRT's own refusals, its kernels and its speed are not modelled. Ranks are threads of one
-process that meet in their collectives (`world`).
+It is our reading of the public source, not TensorRT-LLM: signatures are the source's (each function names the file
+and commit it was read at), meanings are the documented ones, and what the project does not use is absent, so a call
+outside it fails. Wrong argument names, shapes and types fail too; TensorRT's own refusals, its kernels and its speed
+are not modelled. Ranks are threads of one process that meet in their collectives (`world`).
 
     with installed():                 # puts it into sys.modules as `tensorrt_llm`
         from export.trtllm.model import NGPTForCausalLM

@@ -1,14 +1,17 @@
-"""TEST DOUBLE of `gpt_attention` (tensorrt_llm/functional.py, commit 00714966; docs/source/advanced/gpt-attention.md, commit 5a211b91).
+"""TEST DOUBLE of `gpt_attention`.
 
-softmax(q k^T / (q_scaling * sqrt(D)), causal) v in float32 over a paged or a contiguous cache. Packed: context requests stand before
-generation requests; a context request brings `context_lengths` tokens, a generation request one, and after the step its cache holds
-`sequence_length` keys (cpp/tensorrt_llm/batch_manager/runtimeBuffers.cpp, `setFromInputs`). Padded: every row brings S tokens, of which
-the first `context_lengths` are real in context; what the kernel leaves at the others is undefined, here NaN.
+Read in tensorrt_llm/functional.py (commit 00714966) and docs/source/advanced/gpt-attention.md (commit 5a211b91).
 
-A context request reads the cache with paged context FMHA alone, and else its own unrounded keys and values (input layouts Q_PAGED_KV and
-PACKED_QKV; cpp/tensorrt_llm/common/attentionOp.cpp as stored, no commit known). An fp8 cache holds
-clamp(x * kv_orig_quant_scale) in e4m3, which generation reads back times kv_quant_orig_scale, the step's own token included (an
-assumption: the generation kernels were not read).
+softmax(q k^T / (q_scaling * sqrt(D)), causal) v in float32 over a paged or a contiguous cache. Packed: context
+requests stand before generation requests; a context request brings `context_lengths` tokens, a generation request
+one, and after the step its cache holds `sequence_length` keys (cpp/tensorrt_llm/batch_manager/runtimeBuffers.cpp,
+`setFromInputs`). Padded: every row brings S tokens, of which the first `context_lengths` are real in context; what
+the kernel leaves at the others is undefined, here NaN.
+
+A context request reads the cache with paged context FMHA alone, and else its own unrounded keys and values (input
+layouts Q_PAGED_KV and PACKED_QKV; cpp/tensorrt_llm/common/attentionOp.cpp as stored, no commit known). An fp8 cache
+holds clamp(x * kv_orig_quant_scale) in e4m3, which generation reads back times kv_quant_orig_scale, the step's own
+token included (an assumption: the generation kernels were not read).
 """
 
 import torch
@@ -131,7 +134,7 @@ class _Rows:
 
 
 class _Pages:
-    """Paged: pool [blocks, layers, 2, K, tokens_per_block, D]; offsets [pools, B, 2, blocks of a sequence] count (layer, field) slots."""
+    """Paged: pool [blocks, layers, 2, K, tokens_per_block, D]; offsets [pools, B, 2, blocks of a sequence] count slots."""
 
     def __init__(self, net, layer, offsets, host_offsets, pointers, pool_mapping):
         pool_index, in_pool = pool_mapping.data[layer].tolist()

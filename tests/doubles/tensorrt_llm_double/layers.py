@@ -1,6 +1,7 @@
 """TEST DOUBLE of TensorRT-LLM's modules: tensorrt_llm/module.py (commit 000a01de), parameter.py (138f96d4), layers/linear.py
-(03961722), layers/embedding.py (0f02b7af), mapping.py (05ebebb2); quantised linears after quantization/layers.py as stored (no commit
-known), weight-only rounding after `symmetric_quantize` in cpp/.../cutlass_preprocessors.cpp (128 or 8 steps to a column's largest value).
+(03961722), layers/embedding.py (0f02b7af), mapping.py (05ebebb2); quantised linears after quantization/layers.py as
+stored (no commit known), weight-only rounding after `symmetric_quantize` in cpp/.../cutlass_preprocessors.cpp (128 or
+8 steps to a column's largest value).
 """
 
 import math

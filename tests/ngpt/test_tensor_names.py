@@ -1,4 +1,4 @@
-"""The table of tensors: what it says of a checkpoint and what it says of the network fit each other, for every kind of network."""
+"""The table of tensors: what it says of a checkpoint and of the network fit each other, for every kind of network."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from export.trtllm.layout import rank_layout
 from export.trtllm.parallel import Parallel
 from export.weights import DeployedWeights
-from ngpt.checkpoint import expected_tensors, names, open_checkpoint
+from ngpt import tensor_names as names
+from ngpt.checkpoint import expected_tensors, open_checkpoint
 from ngpt.errors import MissingTensorError, UnsupportedError
 from ngpt.spec import NGPTSpec
 from ngpt.tensor_names import Canonical, Expected, Name, Row, RowsScaled, Scaled, canonical_tensors
@@ -59,8 +60,8 @@ def test_the_models_own_state_is_what_the_table_expects():
 
     for gated, bias in itertools.product((False, True), repeat=2):
         config = NGPTConfig(
-            vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-            head_dim=8, attention_bias=bias, mlp_bias=bias, gated_mlp=gated,
+            vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=8, attention_bias=bias, mlp_bias=bias, gated_mlp=gated,
         )  # fmt: skip
         expected = expected_tensors(NGPTSpec.from_config(config.to_dict()))
         state = NGPTForCausalLM(config).state_dict()
