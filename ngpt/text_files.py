@@ -105,10 +105,13 @@ class TextFiles:
         for end in self.ends:
             if not 0 <= end < vocab_size:
                 raise ConfigError(
-                    f"{where}: eos_token_id" if where == GENERATION_CONFIG else f"the token that ends a text, from {where}", expected=f"an id from 0 to {vocab_size - 1}, as the model has",
-                    found=shown(end), remedy="give the tokenizer that the model was trained with (--tokenizer)"
-                    if where == "the tokenizer" else f"correct {where}",
-                )  # fmt: skip
+                    f"{where}: eos_token_id" if where == GENERATION_CONFIG else f"the token that ends a text, from {where}",
+                    expected=f"an id from 0 to {vocab_size - 1}, as the model has",
+                    found=shown(end),
+                    remedy="give the tokenizer that the model was trained with (--tokenizer)"
+                    if where == "the tokenizer"
+                    else f"correct {where}",
+                )
         if not self.ends:
             self.notes += ("no token is known to end a text, so answers run to their limit; name one with --eos",)
         if self.tokenizer_file is None and (slow := [name for name in _SLOW_FILES if name in self.files]):
@@ -134,9 +137,11 @@ class TextFiles:
         encoded = [_encode(tokenizer, text, self.tokenizer_file) for text in _SAMPLES]
         if not vocabulary or not any(encoded):
             raise CorruptFileError(
-                f"{self.tokenizer_file} turns text into nothing", expected="a tokenizer that knows some text",
-                found=f"{len(vocabulary)} tokens", remedy="use the tokenizer that the model was trained with",
-            )  # fmt: skip
+                f"{self.tokenizer_file} turns text into nothing",
+                expected="a tokenizer that knows some text",
+                found=f"{len(vocabulary)} tokens",
+                remedy="use the tokenizer that the model was trained with",
+            )
         most = max(highest[1], *(token for ids in encoded for token in ids))
         if most >= vocab_size:
             count = sum(token >= vocab_size for token in vocabulary.values())
@@ -221,9 +226,11 @@ def given_tokenizer(tokenizer: str | os.PathLike[str]) -> dict[str, Path]:
     files = {name: _text_file(path, name) for name in TOKENIZER_FILES if kind == "folder" and exists(path, name)}
     if TOKENIZER_FILE not in files:
         raise CheckpointError(
-            f"{path} holds no tokenizer", expected=TOKENIZER_FILE, found=", ".join(files) or "no tokenizer files",
+            f"{path} holds no tokenizer",
+            expected=TOKENIZER_FILE,
+            found=", ".join(files) or "no tokenizer files",
             remedy="write one with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER)",
-        )  # fmt: skip
+        )
     return files
 
 
@@ -232,9 +239,11 @@ def _text_file(folder: Path, name: str) -> Path:
     path = contained(folder, name)
     if (size := path.stat().st_size) > MAX_TOKENIZER_BYTES:
         raise CorruptFileError(
-            f"{path} is too large", expected=f"at most {MAX_TOKENIZER_BYTES} bytes", found=f"{size}",
+            f"{path} is too large",
+            expected=f"at most {MAX_TOKENIZER_BYTES} bytes",
+            found=f"{size}",
             remedy="use the tokenizer that the model was trained with",
-        )  # fmt: skip
+        )
     return path
 
 
@@ -252,9 +261,11 @@ def load_tokenizer(path: Path) -> Any:
     tokenizer.no_padding()
     if (growth := _growth(tokenizer.normalizer)) > MAX_GROWTH:
         raise CorruptFileError(
-            f"{path} makes a text longer before it divides it", expected=f"at most {MAX_GROWTH} times", found=f"{growth:.3g} times",
+            f"{path} makes a text longer before it divides it",
+            expected=f"at most {MAX_GROWTH} times",
+            found=f"{growth:.3g} times",
             remedy="use the tokenizer that the model was trained with",
-        )  # fmt: skip
+        )
     return tokenizer
 
 
@@ -324,9 +335,11 @@ def _check_added(path: Path, tokenizer: Any, vocab_size: int) -> None:
             raise _beyond(path, vocab_size, entry["id"], text=entry["content"])
         if given != entry["id"]:
             raise CorruptFileError(
-                f"{path}: the added token {shown(entry['content'])}", expected=f"the id {given}, the next free one",
-                found=f"{entry['id']}", remedy="use the tokenizer that the model was trained with",
-            )  # fmt: skip
+                f"{path}: the added token {shown(entry['content'])}",
+                expected=f"the id {given}, the next free one",
+                found=f"{entry['id']}",
+                remedy="use the tokenizer that the model was trained with",
+            )
 
 
 def _strip_mark(path: Path) -> None:
