@@ -71,7 +71,7 @@ class TextFiles:
         return self.files.get(TOKENIZER_FILE)
 
     def tokenizer(self) -> Any:
-        """The `tokenizers.Tokenizer`, loaded once. Raises `ConfigError` where there is none, `CorruptFileError`, `MissingPackageError`."""
+        """The `tokenizers.Tokenizer`, loaded once. Raises `ConfigError` without one, `CorruptFileError`, `MissingPackageError`."""
         if self.tokenizer_file is None:
             raise ConfigError(
                 "text needs a tokenizer", expected=f"{TOKENIZER_FILE} beside the weights", remedy="give one with --tokenizer"
@@ -117,7 +117,8 @@ class TextFiles:
         if self.tokenizer_file is None and (slow := [name for name in _SLOW_FILES if name in self.files]):
             self.notes += (
                 f"there is no {TOKENIZER_FILE} ({', '.join(slow)} alone are not read): the engine takes and gives token ids; "
-                f"transformers' AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER) writes one, --tokenizer FOLDER adds it",
+                "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER) writes one, "
+                "--tokenizer FOLDER adds it",
             )
 
     def check(self, vocab_size: int) -> None:
@@ -149,8 +150,11 @@ class TextFiles:
         _check_added(self.tokenizer_file, tokenizer, vocab_size)
 
     def copy_to(self, folder: Path) -> None:
-        """Write the files into a folder: as they are, but for a tokenizer class that only transformers 5 knows and for ends that were
-        given or found by `settle`, which generation_config.json must then state."""
+        """Write the files into a folder, as they are but for two things.
+
+        They are a tokenizer class that only transformers 5 knows, and ends that were given or found by `settle`, which
+        generation_config.json must then state.
+        """
         for name, path in self.files.items():
             value = None
             if name == TOKENIZER_CONFIG:
@@ -184,7 +188,7 @@ class TextFiles:
         return int(found)
 
     def _named_by_tokenizer(self) -> tuple[int, ...]:
-        """The id of the end token that the tokenizer's files name; of a tokenizer without configuration, its one special token."""
+        """The id of the end token that the tokenizer's files name; without a configuration, its one special token."""
         for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
             if name not in self.files:
                 continue
@@ -204,9 +208,9 @@ class TextFiles:
 
 
 def find_text_files(folder: Path, tokenizer: str | os.PathLike[str] | None = None) -> TextFiles:
-    """The files beside a checkpoint's weights; with ``tokenizer``, a folder or a tokenizer.json, that one's in place of the folder's.
+    """The files beside a checkpoint's weights.
 
-    Raises `CheckpointError` where something else stands in a file's place, or ``tokenizer`` has none.
+    With ``tokenizer``, a folder or a tokenizer.json, that one's are taken in place of the folder's. Raises `CheckpointError` where something else stands in a file's place, or ``tokenizer`` has none.
     """
     files = {name: _text_file(folder, name) for name in (*TOKENIZER_FILES, GENERATION_CONFIG) if exists(folder, name)}
     if tokenizer is None:
