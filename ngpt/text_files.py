@@ -71,7 +71,8 @@ class TextFiles:
         return self.files.get(TOKENIZER_FILE)
 
     def tokenizer(self) -> Any:
-        """The `tokenizers.Tokenizer`, loaded once. Raises `ConfigError` without one, `CorruptFileError`, `MissingPackageError`."""
+        """The `tokenizers.Tokenizer`, loaded once. Raises `ConfigError` without one, `CorruptFileError`,
+        `MissingPackageError`."""
         if self.tokenizer_file is None:
             raise ConfigError(
                 "text needs a tokenizer", expected=f"{TOKENIZER_FILE} beside the weights", remedy="give one with --tokenizer"
@@ -210,7 +211,8 @@ class TextFiles:
 def find_text_files(folder: Path, tokenizer: str | os.PathLike[str] | None = None) -> TextFiles:
     """The files beside a checkpoint's weights.
 
-    With ``tokenizer``, a folder or a tokenizer.json, that one's are taken in place of the folder's. Raises `CheckpointError` where something else stands in a file's place, or ``tokenizer`` has none.
+    With ``tokenizer``, a folder or a tokenizer.json, that one's are taken in place of the folder's. Raises `CheckpointError`
+    where something else stands in a file's place, or ``tokenizer`` has none.
     """
     files = {name: _text_file(folder, name) for name in (*TOKENIZER_FILES, GENERATION_CONFIG) if exists(folder, name)}
     if tokenizer is None:
