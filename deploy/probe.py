@@ -3,8 +3,9 @@
 
     python3 probe.py [--model ensemble] [--http 127.0.0.1:8000] [--metrics 127.0.0.1:8002] [--timeout 20]
 
-Exit code 0: a token was generated; or the server is busy (its queue is full, or no answer came in time) but counters of finished work moved meanwhile: a
-probe must not kill a server for being loaded. 1: neither. Standard library only: it is copied into images.
+Exit code 0: a token was generated; or the server is busy (its queue is full, or no answer came in time) but counters of
+finished work moved meanwhile: a probe must not kill a server for being loaded. 1: neither. Standard library only: it is
+copied into images.
 """
 
 import argparse
@@ -14,14 +15,15 @@ import time
 import urllib.error
 import urllib.request
 
-# What grows only while tokens are made: this project's, TensorRT-LLM's, and the answers that its ensemble has turned into text. Triton's count of requests to
-# a decoupled model would not do: it grows when a request is taken, by a hung model as well.
+# What grows only while tokens are made: this project's, TensorRT-LLM's, and the answers that its ensemble has turned into
+# text. Triton's count of requests to a decoupled model would not do: it grows when a request is taken, by a hung model as well.
 COUNTERS = (
     "ngpt_generated_tokens{",
     'nv_trt_llm_general_metrics{general_type="iteration_counter"',
     'nv_inference_request_success{model="postprocessing"',
 )
-# Of this project's scheduler, and of Triton's own queue. The status says too little: server 2.51 answers 400 to every refusal of a model.
+# Of this project's scheduler, and of Triton's own queue. The status says too little: server 2.51 answers 400 to every
+# refusal of a model.
 FULL = ("queue is full", "maximum queue size")
 REQUESTS = {
     "ensemble": {"text_input": "a", "max_tokens": 1, "stream": False},

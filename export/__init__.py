@@ -1,1 +1,2 @@
-"""From a checkpoint to a runtime's graph: one trace (`network`), one lowering per runtime (`lowerings`)."""
+"""From a checkpoint to a runtime's graph: one statement of the network (`network`), one lowering per runtime (`lowerings`,
+`trtllm`)."""

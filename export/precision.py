@@ -1,7 +1,9 @@
-"""What an engine's numbers are: the type it computes in, the format of its weights, the type of its cache. Spelled here and nowhere else.
+"""What an engine's numbers are: the type it computes in, the format of its weights, the type of its cache. Spelled here and
+nowhere else.
 
-A `Format` says how one matrix is stored: plain, or as narrow codes with scales. It quantises, dequantises and knows its bytes; it knows no
-runtime. A `Precision` is a choice of formats under a name that targets use ("int8"); the tables at the end are those that the runtimes have.
+A `Format` says how one matrix is stored: plain, or as narrow codes with scales. It quantises, dequantises and knows its
+bytes; it knows no runtime. A `Precision` is a choice of formats under a name that targets use ("int8"); the tables at the
+end are those that the runtimes have.
 
 To add a format: a `Format` in a `Precision` below, and the spelling of its product in the lowerings of the runtimes that have it.
 """
@@ -40,8 +42,9 @@ _TEXT = re.compile(r"(int8|int4|float8_e4m3)/(row|whole|[1-9][0-9]{0,5})/(float3
 class Format:
     """How a weight matrix [out, in] is stored.
 
-    code: the stored type: a `Dtype` (plain), or one of CODE_BITS. block: input channels that share a scale, ROW or WHOLE; None for a plain
-    format. scale: the type of the scales. Integers are symmetric. Raises UnsupportedError for a combination that does not exist.
+    code: the stored type: a `Dtype` (plain), or one of CODE_BITS. block: input channels that share a scale, ROW or WHOLE;
+    None for a plain format. scale: the type of the scales. Integers are symmetric. Raises UnsupportedError for a combination
+    that does not exist.
     """
 
     code: str
@@ -96,7 +99,8 @@ class Format:
         return rows * blocks * size * CODE_BITS[self.code] // 8 + scales * ITEM_BYTES[self.scale]
 
     def quantize(self, weight: Array) -> Quantized:
-        """float32 [N, K] -> `export.quantize.Quantized`; not for plain formats, nor for WHOLE, whose scale is the exporter's to choose."""
+        """float32 [N, K] -> `export.quantize.Quantized`; not for plain formats, nor for WHOLE, whose scale is the exporter's
+        to choose."""
         from export.quantize import quantize
 
         if self.plain or self.block == WHOLE:
@@ -115,11 +119,13 @@ class Format:
 
 @dataclass(frozen=True)
 class Precision:
-    """The numbers of an engine. arithmetic: the type of products and of the states between them; norms are at least float32 inside.
+    """The numbers of an engine. arithmetic: the type of products and of the states between them; norms are at least float32
+    inside.
 
-    projections, head, embedding: the formats of the matrices of attention and MLP, of the language-model head, and of the embedding
-    table. cache: the type of stored keys and values. activations: the format to which the runtime's own products round their input in
-    blocks along its last axis, or None. loader_quantises: the files hold plain weights, which the runtime brings into the formats.
+    projections, head, embedding: the formats of the matrices of attention and MLP, of the language-model head, and of the
+    embedding table. cache: the type of stored keys and values. activations: the format to which the runtime's own products
+    round their input in blocks along its last axis, or None. loader_quantises: the files hold plain weights, which the
+    runtime brings into the formats.
     """
 
     name: str

@@ -18,8 +18,8 @@ _AT_ONCE = 1 << 22  # weights in flight while rounding: a head of 131072 rows ta
 class Quantized:
     """A quantised matrix [N, K]; value = code * scale. `scales`: float32 [N, blocks], each a number of the format's scale type.
 
-    `data` of integers: uint8 [N, blocks, block * bits / 8], code + 2**(bits - 1), two nibbles a byte, the low one first. `data` of float8:
-    float8_e4m3fn [N, K]; `bits` is then None.
+    `data` of integers: uint8 [N, blocks, block * bits / 8], code + 2**(bits - 1), two nibbles a byte, the low one first.
+    `data` of float8: float8_e4m3fn [N, K]; `bits` is then None.
     """
 
     bits: int | None
@@ -42,11 +42,12 @@ class Quantized:
 
 
 def quantize(weight: NDArray[np.float32], bits: int | None, block: int, scale: str) -> Quantized:
-    """float32 [N, K] to integers of so many bits (None: float8_e4m3fn), with a scale of type `scale` for each `block` channels of a row.
+    """float32 [N, K] to integers of so many bits (None: float8_e4m3fn), with a scale of type `scale` for each `block`
+    channels of a row.
 
-    Integers: the scale is signed so that the block's largest value lands on the code -2**(bits - 1), the end of the range that has one
-    code more: 4 bits then reach 8 steps instead of 7. float8: the row's largest lands on 448; rows of nGPT's matrices have unit norm, so
-    one scale a row loses little.
+    Integers: the scale is signed so that the block's largest value lands on the code -2**(bits - 1), the end of the range
+    that has one code more: 4 bits then reach 8 steps instead of 7. float8: the row's largest lands on 448; rows of nGPT's
+    matrices have unit norm, so one scale a row loses little.
     """
     rows, columns = weight.shape
     blocks = math.ceil(columns / block)

@@ -76,9 +76,10 @@ def new_folder(
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
                 raise OutputExistsError(
-                    f"{output} appeared while it was being made", expected="a path that nobody else writes",
+                    f"{output} appeared while it was being made",
+                    expected="a path that nobody else writes",
                     remedy="choose another --output, or remove it",
-                ) from error  # fmt: skip
+                ) from error
             raise _trouble(output, error, kind) from error
         made = []
     finally:
@@ -105,9 +106,10 @@ def check_free(output: Path, *, into_empty: bool = False, kind: type[NGPTDeployE
         raise _trouble(output, error, kind) from error
     if not usable:
         raise OutputExistsError(
-            f"{output} exists", expected="a new or empty folder" if into_empty else "a path that does not exist yet",
+            f"{output} exists",
+            expected="a new or empty folder" if into_empty else "a path that does not exist yet",
             remedy="choose another --output, or remove it",
-        )  # fmt: skip
+        )
 
 
 def sweep(parent: Path) -> list[Path]:
@@ -205,9 +207,11 @@ def _check_room(parent: Path, needed: int, kind: type[NGPTDeployError]) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise kind(
-            f"not enough room on the disk of {parent}", expected=f"about {needed / 1e6:.0f} MB", found=f"{free / 1e6:.0f} MB free",
+            f"not enough room on the disk of {parent}",
+            expected=f"about {needed / 1e6:.0f} MB",
+            found=f"{free / 1e6:.0f} MB free",
             remedy="free some, or choose another --output",
-        )  # fmt: skip
+        )
 
 
 def _trouble(output: Path, error: OSError | ValueError, kind: type[NGPTDeployError]) -> NGPTDeployError:

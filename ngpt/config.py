@@ -21,7 +21,8 @@ class NGPTConfig(PreTrainedConfig):
     """The configuration of an nGPT model: everything that shapes the network.
 
     The defaults are those of the 8B model nvidia/Normalized-Nemotron-8B-Reasoning. In the formulas, which are those of the paper
-    (arXiv:2410.01131), r is ``initializer_range``, h a hidden state, and norm(x) is x / ||x||. sqk, alpha, suv and sz are trained scales.
+    (arXiv:2410.01131), r is ``initializer_range``, h a hidden state, and norm(x) is x / ||x||. sqk, alpha, suv and sz are
+    trained scales.
 
     Args:
         vocab_size (`int`, *optional*, defaults to 131072):
@@ -43,7 +44,8 @@ class NGPTConfig(PreTrainedConfig):
         max_position_embeddings (`int`, *optional*, defaults to 8192):
             Largest number of tokens in a sequence.
         initializer_range (`float`, *optional*, defaults to 0.014):
-            Called r in the formulas. It is part of the forward pass: the stored sqk, alpha and sz are multiplied by their init value over r. It must not be 0.
+            Called r in the formulas. It is part of the forward pass: the stored sqk, alpha and sz are multiplied by their
+            init value over r. It must not be 0.
         use_cache (`bool`, *optional*, defaults to `True`):
             Whether the model returns its keys and values for the next call.
         pad_token_id (`int`, *optional*):
@@ -55,9 +57,10 @@ class NGPTConfig(PreTrainedConfig):
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
             Whether the head uses the embedding table as its weights.
         rope_parameters (`dict`, *optional*):
-            The rotary position code, as transformers 5 writes it: ``rope_type`` (default, linear, dynamic, yarn, longrope or llama3),
-            ``rope_theta`` (1,000,000 unless given), ``partial_rotary_factor`` (the share of each head's channels that is rotated)
-            and what the type needs. The older ``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor`` are accepted as well.
+            The rotary position code, as transformers 5 writes it: ``rope_type`` (default, linear, dynamic, yarn, longrope or
+            llama3), ``rope_theta`` (1,000,000 unless given), ``partial_rotary_factor`` (the share of each head's channels
+            that is rotated) and what the type needs. The older ``rope_theta``, ``rope_scaling`` and
+            ``partial_rotary_factor`` are accepted as well.
         attention_bias (`bool`, *optional*, defaults to `False`):
             Whether the four projections of attention have biases.
         attention_dropout (`float`, *optional*, defaults to 0.0):
@@ -79,8 +82,8 @@ class NGPTConfig(PreTrainedConfig):
         position_code (`str`, *optional*, defaults to `"rope"`):
             "rope", or "research": the position code of the research code (repository NVIDIA/ngpt), which is no rotation.
         gated_mlp (`bool`, *optional*, defaults to `False`):
-            Whether the MLP is gated, as in the research code: a projection ``gate_proj`` more, and u * act(v) in the place of act(u),
-            where v is to ``gate_proj`` what u is to ``up_proj``. suv then has one scale for each channel of both.
+            Whether the MLP is gated, as in the research code: a projection ``gate_proj`` more, and u * act(v) in the place
+            of act(u), where v is to ``gate_proj`` what u is to ``up_proj``. suv then has one scale for each channel of both.
         mlp_norm_eps (`float`, *optional*, defaults to 1e-6):
             Added to the length in the norm of the MLP's output: x / (||x|| + eps). The other norms have eps 0.
         sz_folded (`bool`, *optional*, defaults to `False`):

@@ -49,49 +49,43 @@ DEFAULTS: dict[str, Any] = {
 }
 
 # Keys that transformers writes into any config and that say nothing about the network.
-BOOKKEEPING_KEYS = frozenset(
-    {
-        "model_type", "architectures", "auto_map", "_name_or_path", "_commit_hash",
-        "transformers_version", "torch_dtype", "dtype", "use_bfloat16", "torchscript",
-        "return_dict", "output_hidden_states", "output_attentions",
-        "is_encoder_decoder", "is_decoder", "add_cross_attention", "cross_attention_hidden_size",
-        "tie_encoder_decoder", "tokenizer_class", "prefix", "finetuning_task",
-        "task_specific_params", "problem_type", "id2label", "label2id", "num_labels",
-        "chunk_size_feed_forward", "pruned_heads", "sep_token_id", "decoder_start_token_id",
-        "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
-        "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
-        "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
-        "num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id",
-        "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty",
-        "suppress_tokens", "begin_suppress_tokens", "tf_legacy_loss",
-    }
-)  # fmt: skip
+_BOOKKEEPING = """
+    model_type architectures auto_map _name_or_path _commit_hash transformers_version torch_dtype dtype
+    use_bfloat16 torchscript return_dict output_hidden_states output_attentions is_encoder_decoder is_decoder
+    add_cross_attention cross_attention_hidden_size tie_encoder_decoder tokenizer_class prefix finetuning_task
+    task_specific_params problem_type id2label label2id num_labels chunk_size_feed_forward pruned_heads
+    sep_token_id decoder_start_token_id max_length min_length do_sample early_stopping num_beams num_beam_groups
+    diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate
+    forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty
+    suppress_tokens begin_suppress_tokens tf_legacy_loss
+"""
+BOOKKEEPING_KEYS = frozenset(_BOOKKEEPING.split())
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
 TOKEN_KEYS = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
-WHOLE_KEYS = TOKEN_KEYS | {
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "max_position_embeddings",
-}  # fmt: skip
+_SIZES = """
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    max_position_embeddings
+"""
+WHOLE_KEYS = TOKEN_KEYS | frozenset(_SIZES.split())
 
 # Keys of other tools and other models that nothing in an nGPT network reads, whatever they say.
-FOREIGN_KEYS = frozenset(
-    {
-        "unsloth_fixed", "unsloth_version", "transformers.js_config", "keys_to_ignore_at_inference", "pretraining_tp",
-        "attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "experts_implementation",
-        "use_return_dict", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", "layernorm_epsilon",
-        "_attn_implementation_internal", "_experts_implementation_internal", "_flash_attn_2_enabled", "use_flash_attn",
-        "_use_flash_attention_2", "attention_implementation", "use_flash_attention", "use_sdpa", "gradient_checkpointing",
-        "_gradient_checkpointing", "hidden_dropout", "hidden_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop",
-        "dropout", "residual_dropout", "embedding_dropout", "resid_dropout", "embd_dropout", "mlp_dropout",
-        "classifier_dropout", "max_window_layers", "cache_implementation", "cache_config", "chat_template", "bos_token",
-        "eos_token", "pad_token", "unk_token", "unk_token_id", "trust_remote_code", "use_liger_kernel", "model_max_length",
-        "name_or_path", "license", "base_model", "base_model_name_or_path", "generation_config", "device_map", "output_logits",
-        "loss_type", "ignore_keys_at_rope_validation", "initializer_cutoff_factor", "max_new_tokens", "min_p",
-        "renormalize_logits", "encoder_repetition_penalty",
-    }
-)  # fmt: skip
+_FOREIGN = """
+    unsloth_fixed unsloth_version transformers.js_config keys_to_ignore_at_inference pretraining_tp
+    attn_implementation _attn_implementation _attn_implementation_autoset experts_implementation use_return_dict
+    rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps norm_epsilon layernorm_epsilon
+    _attn_implementation_internal _experts_implementation_internal _flash_attn_2_enabled use_flash_attn
+    _use_flash_attention_2 attention_implementation use_flash_attention use_sdpa gradient_checkpointing
+    _gradient_checkpointing hidden_dropout hidden_dropout_prob resid_pdrop embd_pdrop attn_pdrop dropout
+    residual_dropout embedding_dropout resid_dropout embd_dropout mlp_dropout classifier_dropout
+    max_window_layers cache_implementation cache_config chat_template bos_token eos_token pad_token unk_token
+    unk_token_id trust_remote_code use_liger_kernel model_max_length name_or_path license base_model
+    base_model_name_or_path generation_config device_map output_logits loss_type ignore_keys_at_rope_validation
+    initializer_cutoff_factor max_new_tokens min_p renormalize_logits encoder_repetition_penalty
+"""
+FOREIGN_KEYS = frozenset(_FOREIGN.split())
 
 
 def _is(value: object) -> Callable[[object], bool]:

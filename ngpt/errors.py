@@ -137,7 +137,7 @@ def missing_package(what: str, extra: str, *, found: str = "") -> MissingPackage
 
 
 def _requirements(extra: str) -> list[str]:
-    """What an extra lists: in a checkout by pyproject.toml (the metadata beside it may be older), elsewhere by the installed metadata."""
+    """What an extra lists: by pyproject.toml in a checkout, where the metadata may be older; elsewhere by the metadata."""
     try:
         source = Path(__file__).resolve().parents[1] / "pyproject.toml"
         if source.is_file():

@@ -20,7 +20,8 @@ MAX_CONFIG_BYTES = 4 << 20
 _LFS_POINTERS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
 _PAGES = (b"<!doctype html", b"<html")
 _HUB_ID = re.compile(  # with what the hub's pages, its files' addresses and revisions put around it
-    r"(?i:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)?(\w[\w.-]*/\w[\w.-]*)(?:@[\w.-]+(?:/.*)?)?/?(?:(?:tree|blob|resolve)/.*)?(?:[?#].*)?"
+    r"(?i:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)?"
+    r"(\w[\w.-]*/\w[\w.-]*)(?:@[\w.-]+(?:/.*)?)?/?(?:(?:tree|blob|resolve)/.*)?(?:[?#].*)?"
 )
 _CACHED_ID = re.compile(r"models--(\w[\w.]*(?:-[\w.]+)*)--(\w[\w.-]*)")
 

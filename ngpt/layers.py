@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .config import NGPTConfig
 
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
-"""transformers' own name of the key-value cache: 5.24 renamed it. Every forward here takes both names; calls into the library use this."""
+"""transformers' own name of the cache: 5.24 renamed it. Every forward here takes both; calls into the library use this."""
 
 
 def wide(x: Tensor) -> Tensor:

@@ -108,8 +108,8 @@ class NGPTPreTrainedModel(PreTrainedModel):
     ) -> nn.Embedding:
         """As PreTrainedModel's, with the result still nGPT: new rows of the table and of the head have unit norm, and sz follows.
 
-        New entries of sz are the mean of the old ones (their initial constant with mean_resizing=False). Token ids of the configuration
-        that a smaller vocabulary no longer has become null, with a warning.
+        New entries of sz are the mean of the old ones (their initial constant with mean_resizing=False). Token ids of the
+        configuration that a smaller vocabulary no longer has become null, with a warning.
         """
         before = self.get_input_embeddings().weight.shape[0]
         table = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
@@ -184,8 +184,8 @@ class NGPTModel(NGPTPreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(B, past + T)`, *optional*):
                 1 for tokens, 0 for padding. All are tokens unless given.
             position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
-                Positions. Unless given, a token's position is the number of real tokens before it in its row, so a batch that is padded
-                on the left needs none.
+                Positions. Unless given, a token's position is the number of real tokens before it in its row, so a batch
+                that is padded on the left needs none.
             past_key_values (`Cache`, *optional*):
                 Keys and values of earlier tokens; the new ones are added to it.
             inputs_embeds (`torch.FloatTensor` of shape `(B, T, E)`, *optional*):
@@ -196,14 +196,16 @@ class NGPTModel(NGPTPreTrainedModel):
                 Another name of ``past_key_values``: transformers 5.24 renamed it.
             **kwargs:
                 ``output_hidden_states``, ``output_attentions`` (weights exist under ``attn_implementation="eager"`` alone),
-                ``return_dict`` and ``is_causal`` mean what they mean in transformers' Llama. The rest goes to the attention function.
+                ``return_dict`` and ``is_causal`` mean what they mean in transformers' Llama. The rest goes to the attention
+                function.
 
         Returns:
-            `BaseModelOutputWithPast`: ``last_hidden_state`` of shape `(B, T, E)` and unit norm, the cache, and what was asked for beside.
+            `BaseModelOutputWithPast`: ``last_hidden_state`` of shape `(B, T, E)` and unit norm, the cache, and what was
+            asked for beside.
 
         Raises:
-            ValueError: both or neither of ``input_ids`` and ``inputs_embeds``; two different caches; an argument that means something
-                in other architectures only.
+            ValueError: both or neither of ``input_ids`` and ``inputs_embeds``; two different caches; an argument that means
+                something in other architectures only.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -303,7 +305,8 @@ class NGPTForCausalLM(NGPTPreTrainedModel, GenerationMixin):
                 Those of `NGPTModel.forward`, and those of the loss: ``shift_labels``, ``ignore_index``, ``num_items_in_batch``.
 
         Returns:
-            `CausalLMOutputWithPast`: ``logits`` of shape `(B, kept, V)`, ``loss`` if there are labels, and what `NGPTModel.forward` returns.
+            `CausalLMOutputWithPast`: ``logits`` of shape `(B, kept, V)`, ``loss`` if there are labels, and what
+            `NGPTModel.forward` returns.
 
         Raises:
             ValueError: as `NGPTModel.forward`.

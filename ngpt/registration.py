@@ -17,7 +17,7 @@ from types import ModuleType
 from ngpt.errors import missing_package
 
 OLDEST_TRANSFORMERS = (5, 4)
-"""Its base class of configurations is the first that is a dataclass. `make matrix` runs the tests with this version and the newest."""
+"""The first whose base class of configurations is a dataclass. `make matrix` runs the tests with it and the newest."""
 
 _CONFIGS, _MODELS = "transformers.models.auto.configuration_auto", "transformers.models.auto.modeling_auto"
 _WATCHED = {_CONFIGS, _MODELS, "ngpt.config", "ngpt.layers", "ngpt.model"} | {

@@ -86,9 +86,11 @@ def rope_from_config(config: Mapping[str, Any], *, head_dim: int, max_length: in
             inv_freq, scaling = _frequencies(kind, params, theta, rotary_dim, max_length)
     except (ArithmeticError, ValueError) as error:
         raise ConfigError(
-            f"the parameters of rope_type {kind!r}", expected="values with finite frequencies", found=shown(dict(params)),
+            f"the parameters of rope_type {kind!r}",
+            expected="values with finite frequencies",
+            found=shown(dict(params)),
             remedy="correct them in config.json",
-        ) from error  # fmt: skip
+        ) from error
     return Rope(kind, theta, rotary_dim, tuple(float(w) for w in inv_freq), scaling)
 
 
@@ -157,9 +159,11 @@ def _merged_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in tidy_rope(given)[0].items():
             if isinstance(value, Mapping):
                 raise ConfigError(
-                    f"{block}.{shown(key)}", expected="a single value", found="an object",
+                    f"{block}.{shown(key)}",
+                    expected="a single value",
+                    found="an object",
                     remedy="per-layer rope parameters do not exist in nGPT",
-                )  # fmt: skip
+                )
             if value is not None:
                 add("rope_type" if key == "type" else key, value, f"{block}.{key}")
     for key in ("rope_theta", "partial_rotary_factor"):

@@ -114,6 +114,10 @@ def _product(
     )
 
 
+_OF_Q = Scaled("sqk_scale", then="square")
+_OF_UP, _OF_GATE = (RowsScaled(_SUV, "suv_scale", root=True, part=part) for part in (0, 1))
+_OF_HEAD = RowsScaled(SZ, "sz_scale", unless="sz_folded")
+
 # In the order of the forward pass.
 TABLE = (
     # A zero row of the embedding would be divided by its own norm: there is no direction to take.
@@ -121,28 +125,17 @@ TABLE = (
     *_product("attn.q", "self_attn.q_proj", ("queries", "hidden"), 1, "attention_bias"),
     *_product("attn.k", "self_attn.k_proj", ("keys", "hidden"), 1, "attention_bias"),
     *_product("attn.v", "self_attn.v_proj", ("keys", "hidden"), 1, "attention_bias"),
-    Row(
-        "layers.{}.attn.q_scale", "model.layers.{}.self_attn.sqk.weight", ("queries",),
-        fold=Scaled("sqk_scale", then="square"), column=True,
-    ),
+    Row("layers.{}.attn.q_scale", "model.layers.{}.self_attn.sqk.weight", ("queries",), fold=_OF_Q, column=True),
     *_product("attn.o", "self_attn.o_proj", ("hidden", "queries"), 0, "attention_bias"),
     Row("layers.{}.attn.lr", "model.layers.{}.attn_alpha", ("hidden",), fold=Scaled("attn_alpha_scale", then="absolute")),
-    *_product(
-        "mlp.up", "mlp.up_proj", ("inner", "hidden"), 1, "mlp_bias", fold=RowsScaled(_SUV, "suv_scale", root=True)
-    ),
-    *_product(
-        "mlp.gate", "mlp.gate_proj", ("inner", "hidden"), 1, "mlp_bias", "gated",
-        fold=RowsScaled(_SUV, "suv_scale", root=True, part=1),
-    ),
+    *_product("mlp.up", "mlp.up_proj", ("inner", "hidden"), 1, "mlp_bias", fold=_OF_UP),
+    *_product("mlp.gate", "mlp.gate_proj", ("inner", "hidden"), 1, "mlp_bias", "gated", fold=_OF_GATE),
     Row("", _SUV, ("suv",), column=True),
     *_product("mlp.down", "mlp.down_proj", ("hidden", "inner"), 0, "mlp_bias"),
     Row("layers.{}.mlp.lr", "model.layers.{}.mlp_alpha", ("hidden",), fold=Scaled("mlp_alpha_scale", then="absolute")),
-    Row(
-        "head.weight", LM_HEAD, ("vocabulary", "hidden"), unit_axis=1,
-        fold=RowsScaled(SZ, "sz_scale", unless="sz_folded"), tied=EMBED,
-    ),
+    Row("head.weight", LM_HEAD, ("vocabulary", "hidden"), unit_axis=1, fold=_OF_HEAD, tied=EMBED),
     Row("", SZ, ("vocabulary",), unless="sz_folded", column=True),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,8 @@ class TextFiles:
         return self.files.get(TOKENIZER_FILE)
 
     def tokenizer(self) -> Any:
-        """The `tokenizers.Tokenizer`, loaded once. Raises `ConfigError` where there is none, `CorruptFileError`, `MissingPackageError`."""
+        """The `tokenizers.Tokenizer`, loaded once. Raises `ConfigError` without one, `CorruptFileError`,
+        `MissingPackageError`."""
         if self.tokenizer_file is None:
             raise ConfigError(
                 "text needs a tokenizer", expected=f"{TOKENIZER_FILE} beside the weights", remedy="give one with --tokenizer"
@@ -105,16 +106,20 @@ class TextFiles:
         for end in self.ends:
             if not 0 <= end < vocab_size:
                 raise ConfigError(
-                    f"{where}: eos_token_id" if where == GENERATION_CONFIG else f"the token that ends a text, from {where}", expected=f"an id from 0 to {vocab_size - 1}, as the model has",
-                    found=shown(end), remedy="give the tokenizer that the model was trained with (--tokenizer)"
-                    if where == "the tokenizer" else f"correct {where}",
-                )  # fmt: skip
+                    f"{where}: eos_token_id" if where == GENERATION_CONFIG else f"the token that ends a text, from {where}",
+                    expected=f"an id from 0 to {vocab_size - 1}, as the model has",
+                    found=shown(end),
+                    remedy="give the tokenizer that the model was trained with (--tokenizer)"
+                    if where == "the tokenizer"
+                    else f"correct {where}",
+                )
         if not self.ends:
             self.notes += ("no token is known to end a text, so answers run to their limit; name one with --eos",)
         if self.tokenizer_file is None and (slow := [name for name in _SLOW_FILES if name in self.files]):
             self.notes += (
                 f"there is no {TOKENIZER_FILE} ({', '.join(slow)} alone are not read): the engine takes and gives token ids; "
-                f"transformers' AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER) writes one, --tokenizer FOLDER adds it",
+                "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER) writes one, "
+                "--tokenizer FOLDER adds it",
             )
 
     def check(self, vocab_size: int) -> None:
@@ -134,9 +139,11 @@ class TextFiles:
         encoded = [_encode(tokenizer, text, self.tokenizer_file) for text in _SAMPLES]
         if not vocabulary or not any(encoded):
             raise CorruptFileError(
-                f"{self.tokenizer_file} turns text into nothing", expected="a tokenizer that knows some text",
-                found=f"{len(vocabulary)} tokens", remedy="use the tokenizer that the model was trained with",
-            )  # fmt: skip
+                f"{self.tokenizer_file} turns text into nothing",
+                expected="a tokenizer that knows some text",
+                found=f"{len(vocabulary)} tokens",
+                remedy="use the tokenizer that the model was trained with",
+            )
         most = max(highest[1], *(token for ids in encoded for token in ids))
         if most >= vocab_size:
             count = sum(token >= vocab_size for token in vocabulary.values())
@@ -144,8 +151,11 @@ class TextFiles:
         _check_added(self.tokenizer_file, tokenizer, vocab_size)
 
     def copy_to(self, folder: Path) -> None:
-        """Write the files into a folder: as they are, but for a tokenizer class that only transformers 5 knows and for ends that were
-        given or found by `settle`, which generation_config.json must then state."""
+        """Write the files into a folder, as they are but for two things.
+
+        They are a tokenizer class that only transformers 5 knows, and ends that were given or found by `settle`, which
+        generation_config.json must then state.
+        """
         for name, path in self.files.items():
             value = None
             if name == TOKENIZER_CONFIG:
@@ -179,7 +189,7 @@ class TextFiles:
         return int(found)
 
     def _named_by_tokenizer(self) -> tuple[int, ...]:
-        """The id of the end token that the tokenizer's files name; of a tokenizer without configuration, its one special token."""
+        """The id of the end token that the tokenizer's files name; without a configuration, its one special token."""
         for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
             if name not in self.files:
                 continue
@@ -199,9 +209,10 @@ class TextFiles:
 
 
 def find_text_files(folder: Path, tokenizer: str | os.PathLike[str] | None = None) -> TextFiles:
-    """The files beside a checkpoint's weights; with ``tokenizer``, a folder or a tokenizer.json, that one's in place of the folder's.
+    """The files beside a checkpoint's weights.
 
-    Raises `CheckpointError` where something else stands in a file's place, or ``tokenizer`` has none.
+    With ``tokenizer``, a folder or a tokenizer.json, that one's are taken in place of the folder's. Raises `CheckpointError`
+    where something else stands in a file's place, or ``tokenizer`` has none.
     """
     files = {name: _text_file(folder, name) for name in (*TOKENIZER_FILES, GENERATION_CONFIG) if exists(folder, name)}
     if tokenizer is None:
@@ -221,9 +232,11 @@ def given_tokenizer(tokenizer: str | os.PathLike[str]) -> dict[str, Path]:
     files = {name: _text_file(path, name) for name in TOKENIZER_FILES if kind == "folder" and exists(path, name)}
     if TOKENIZER_FILE not in files:
         raise CheckpointError(
-            f"{path} holds no tokenizer", expected=TOKENIZER_FILE, found=", ".join(files) or "no tokenizer files",
+            f"{path} holds no tokenizer",
+            expected=TOKENIZER_FILE,
+            found=", ".join(files) or "no tokenizer files",
             remedy="write one with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER)",
-        )  # fmt: skip
+        )
     return files
 
 
@@ -232,9 +245,11 @@ def _text_file(folder: Path, name: str) -> Path:
     path = contained(folder, name)
     if (size := path.stat().st_size) > MAX_TOKENIZER_BYTES:
         raise CorruptFileError(
-            f"{path} is too large", expected=f"at most {MAX_TOKENIZER_BYTES} bytes", found=f"{size}",
+            f"{path} is too large",
+            expected=f"at most {MAX_TOKENIZER_BYTES} bytes",
+            found=f"{size}",
             remedy="use the tokenizer that the model was trained with",
-        )  # fmt: skip
+        )
     return path
 
 
@@ -252,9 +267,11 @@ def load_tokenizer(path: Path) -> Any:
     tokenizer.no_padding()
     if (growth := _growth(tokenizer.normalizer)) > MAX_GROWTH:
         raise CorruptFileError(
-            f"{path} makes a text longer before it divides it", expected=f"at most {MAX_GROWTH} times", found=f"{growth:.3g} times",
+            f"{path} makes a text longer before it divides it",
+            expected=f"at most {MAX_GROWTH} times",
+            found=f"{growth:.3g} times",
             remedy="use the tokenizer that the model was trained with",
-        )  # fmt: skip
+        )
     return tokenizer
 
 
@@ -324,9 +341,11 @@ def _check_added(path: Path, tokenizer: Any, vocab_size: int) -> None:
             raise _beyond(path, vocab_size, entry["id"], text=entry["content"])
         if given != entry["id"]:
             raise CorruptFileError(
-                f"{path}: the added token {shown(entry['content'])}", expected=f"the id {given}, the next free one",
-                found=f"{entry['id']}", remedy="use the tokenizer that the model was trained with",
-            )  # fmt: skip
+                f"{path}: the added token {shown(entry['content'])}",
+                expected=f"the id {given}, the next free one",
+                found=f"{entry['id']}",
+                remedy="use the tokenizer that the model was trained with",
+            )
 
 
 def _strip_mark(path: Path) -> None:

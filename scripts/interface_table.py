@@ -19,11 +19,19 @@ BEGIN, END = "<!-- begin: scripts/interface_table.py -->\n", "<!-- end -->\n"
 HEAD = """| option | `tensorrt_llm` | `ensemble` | type | values | neutral | TensorRT-LLM's backend | what it asks for |
 |---|---|---|---|---|---|---|---|
 """
+BETWEEN = """
+The model of TensorRT-LLM's PyTorch runtime has these inputs. Triton refuses any other, by name.
+
+| option | `tensorrt_llm` (llmapi) | type | values | what it asks for |
+|---|---|---|---|---|
+"""
 
 
 def table() -> str:
-    """A row for each input of this project's own models."""
-    return HEAD + "".join(_line(row) for row in INPUTS if row.tokens is not None or row.text is not None)
+    """A row for each input of this project's own models; then those of the model of TensorRT-LLM's PyTorch runtime."""
+    ours = [_line(row) for row in INPUTS if row.tokens is not None or row.text is not None]
+    theirs = [_short_line(row, row.pytorch) for row in INPUTS if row.pytorch is not None]
+    return HEAD + "".join(ours) + BETWEEN + "".join(theirs)
 
 
 def _line(row: Input) -> str:
@@ -40,6 +48,17 @@ def _line(row: Input) -> str:
         neutral,
         backend,
         about,
+    ]
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def _short_line(row: Input, tensor: Tensor) -> str:
+    cells = [
+        f"`{row.option}`",
+        _name(tensor),
+        f"{tensor.dtype} {list(tensor.dims)}",
+        row.range.said if row.range else "",
+        row.about,
     ]
     return "| " + " | ".join(cells) + " |\n"
 

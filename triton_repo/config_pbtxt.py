@@ -125,7 +125,8 @@ def backend_model(settings: Settings) -> str:
     """`tensorrt_llm` in TensorRT-LLM's own backend.
 
     Rendered and parsed; not loaded by the backend. Names and parameters as read in NVIDIA/TensorRT-LLM at commit 0c8de69a,
-    triton_backend/all_models/inflight_batcher_llm/tensorrt_llm; what this project does not offer is left out.
+    triton_backend/all_models/inflight_batcher_llm/tensorrt_llm; what this project does not offer is left out. What the
+    backend reads is listed in triton_backend/inflight_batcher_llm/src/utils.h (commit 14c3afec): there is no min_p.
     """
     tensors = []
     for row, tensor in inputs(BACKEND):

@@ -19,6 +19,10 @@ TOKENS, TEXT, BACKEND, PYTORCH = "tokens", "text", "backend", "pytorch"
 (llmapi)."""
 NGPT, TENSORRT_LLM = "ngpt-deploy", "TensorRT-LLM's engine backend"
 """Whose engine a text model asks: this project's scheduler and sampler, or the backend."""
+_INTERFACES = {NGPT: (TOKENS, TEXT), TENSORRT_LLM: (BACKEND,)}
+"""Where an engine is reached: it does what one of these has a tensor for."""
+WORD_LIST = (2, -1)
+"""The shape of several token sequences in one tensor: their ids, and where each ends."""
 
 
 @dataclass(frozen=True)
@@ -148,17 +152,17 @@ INPUTS: tuple[Input, ...] = (
     Input(
         "bad_words",
         "texts that must not come",
-        tokens=Tensor("bad_words_list", "INT32", (2, -1)),
+        tokens=Tensor("bad_words_list", "INT32", WORD_LIST),
         text=Tensor("bad_words", "STRING", (-1,)),
-        backend=Tensor("bad_words_list", "INT32", (2, -1)),
+        backend=Tensor("bad_words_list", "INT32", WORD_LIST),
         sets="bad_sequences",
     ),
     Input(
         "stop_words",
         "texts that end the answer, and are not in it",
-        tokens=Tensor("stop_words_list", "INT32", (2, -1)),
+        tokens=Tensor("stop_words_list", "INT32", WORD_LIST),
         text=Tensor("stop_words", "STRING", (-1,)),
-        backend=Tensor("stop_words_list", "INT32", (2, -1)),
+        backend=Tensor("stop_words_list", "INT32", WORD_LIST),
         pytorch=Tensor("sampling_param_stop", "STRING", (-1,)),
         sets="stop_sequences",
     ),
@@ -351,4 +355,4 @@ def options(interface: str) -> dict[str, Input]:
 
 def honoured(row: Input, engine: str) -> bool:
     """Whether an engine (NGPT or TENSORRT_LLM) does what the row asks for."""
-    return engine == NGPT or row.backend is not None
+    return any(row.of(interface) is not None for interface in _INTERFACES[engine])

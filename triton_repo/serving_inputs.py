@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from triton_repo.interface import NGPT, Input, honoured, options
+from triton_repo.interface import NGPT, TOKENS, WORD_LIST, Input, honoured, options
+from triton_repo.interface import inputs as rows_of
 
 Inputs = Mapping[str, NDArray[Any]]
 
@@ -215,6 +216,12 @@ def _decode(name: str, value: Any) -> str:
         return value.decode("utf-8") if isinstance(value, bytes) else str(value)
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: expected UTF-8 text, found bytes that are not ({error.reason}).") from None
+
+
+def word_lists(inputs: Inputs, vocab_size: int) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Every word list of a request to the tokens model, by the field of ``SamplingParams`` that it sets. Raises InputError."""
+    lists = [(row.sets, tensor.name) for row, tensor in rows_of(TOKENS) if tensor.dims == WORD_LIST]
+    return {sets: sequences_of(inputs, name, vocab_size) for sets, name in lists}
 
 
 def sequences_of(inputs: Inputs, name: str, vocab_size: int) -> tuple[tuple[int, ...], ...]:

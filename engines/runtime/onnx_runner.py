@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import EngineFileError, MissingRuntimeError
-from .rows import Rows
+from .slots import Slots
 
 if TYPE_CHECKING:
     from .manifest import Manifest
@@ -46,15 +46,15 @@ class OnnxRunner:
             self._cache = _SharedCache(self._session, self.layers, model.vocab_size, num_slots, row, dtype, self._device)
         else:
             self._cache = _GrowingCache(self._session, self.layers, row, dtype)
-        self._rows = Rows(num_slots, self.max_length)
+        self._slots = Slots(num_slots, self.max_length)
 
     def open(self) -> int:
         """Take a free slot with an empty cache. Raises CapacityError when all are taken."""
-        return self._rows.open()
+        return self._slots.open()
 
     def close(self, slot: int) -> None:
         """Give the slot back. The last row moves into the hole, so that the rows in use stay one block."""
-        self._cache.clear(self._rows.close(slot, self._cache.move))
+        self._cache.clear(self._slots.close(slot, self._cache.move))
 
     def release(self) -> None:
         """Let the session and the cache go."""
@@ -62,9 +62,9 @@ class OnnxRunner:
 
     def prefill(self, slot: int, tokens: NDArray[np.int64], *, all_logits: bool = False) -> Logits:
         """Append int64 [T] to the slot: logits [V] of the last token, or [T, V]. Raises CapacityError past max_length."""
-        row = self._rows[slot]
-        self._rows.check_room(row, len(tokens))
-        start = int(self._rows.lengths[row])
+        row = self._slots.row(slot)
+        self._slots.check_room(row, len(tokens))
+        start = int(self._slots.lengths[row])
         total = start + len(tokens)
         logits = self._cache.run(
             row,
@@ -73,23 +73,23 @@ class OnnxRunner:
             np.ones((1, total), np.int64),
             np.arange(start, total, dtype=np.int64)[None],
         )
-        self._rows.lengths[row] = total
+        self._slots.lengths[row] = total
         wanted: Logits = logits[0] if all_logits else logits[0, -1]
         return wanted
 
     def decode(self, slots: Sequence[int], tokens: NDArray[np.int64]) -> Logits:
         """Append one token to each slot: logits [n, V]. Raises CapacityError past max_length."""
-        block = self._rows.block(slots)
+        block = self._slots.block(slots)
         if not self.in_place:
             steps = [self.prefill(slot, np.asarray([token], np.int64)) for slot, token in zip(slots, tokens, strict=True)]
             return np.stack(steps)
         ids = np.zeros((block.size, 1), np.int64)
-        ids[block.places, 0] = tokens
+        ids[block.offsets, 0] = tokens
         lengths = block.starts + 1
         mask = (np.arange(int(lengths.max())) < lengths[:, None]).astype(np.int64)
         logits = self._cache.run(block.first, block.size, ids, mask, block.starts[:, None])
-        self._rows.lengths[block.first + block.places] += 1
-        result: Logits = logits[block.places, 0]
+        self._slots.lengths[block.first + block.offsets] += 1
+        result: Logits = logits[block.offsets, 0]
         return result
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from .compatibility import PACKAGES, check_slots, flag, problems, row_bytes
 from .cuda import Cuda
 from .errors import ClosedError, EngineFileError, MissingRuntimeError, RunnerError
-from .rows import Rows
+from .slots import Slots
 
 if TYPE_CHECKING:
     from .manifest import Manifest
@@ -45,7 +45,7 @@ class TensorRTRunner:
         library = _library(runtime)
         self.vocab_size, self.max_length, self.num_slots = model.vocab_size, model.max_length, num_slots
         self.prefill_tokens = flag(manifest, "prefill_tokens")
-        self._rows = Rows(num_slots, self.max_length)
+        self._slots = Slots(num_slots, self.max_length)
         self._plan: Plan | None = None
         self._cuda = Cuda()
         try:
@@ -68,11 +68,11 @@ class TensorRTRunner:
 
     def open(self) -> int:
         """Take a free slot with an empty cache. Raises CapacityError when all are taken."""
-        return self._rows.open()
+        return self._slots.open()
 
     def close(self, slot: int) -> None:
         """Give the slot back. The last row moves into the hole, so that the rows in use stay one block."""
-        self._rows.close(slot, self._cache.move)
+        self._slots.close(slot, self._cache.move)
 
     def release(self) -> None:
         """Free the plan's contexts, then the device's memory. Calling it twice is harmless."""
@@ -88,28 +88,30 @@ class TensorRTRunner:
 
         Raises CapacityError past max_length.
         """
-        row = self._rows[slot]
-        self._rows.check_room(row, len(tokens))
+        row = self._slots.row(slot)
+        self._slots.check_room(row, len(tokens))
         parts: list[Logits] = []
         for begin in range(0, len(tokens), self.prefill_tokens):
             ids = np.asarray(tokens[begin : begin + self.prefill_tokens])[None]
             last = begin + ids.shape[1] == len(tokens)
             wanted = np.arange(ids.shape[1]) if all_logits else np.array([ids.shape[1] - 1])
             parts.append(
-                self._step(PREFILL, row, ids, self._rows.lengths[row : row + 1], wanted, len(wanted) if last or all_logits else 0)
+                self._step(
+                    PREFILL, row, ids, self._slots.lengths[row : row + 1], wanted, len(wanted) if last or all_logits else 0
+                )
             )
-            self._rows.lengths[row] += ids.shape[1]
+            self._slots.lengths[row] += ids.shape[1]
         return np.concatenate(parts) if all_logits else parts[-1][-1]
 
     def decode(self, slots: Sequence[int], tokens: NDArray[np.int64]) -> Logits:
         """Append one token to each slot: logits [n, V]. Raises CapacityError past max_length."""
-        block = self._rows.block(slots)
+        block = self._slots.block(slots)
         ids = np.zeros((block.size, 1), np.int64)
-        ids[block.places, 0] = tokens
+        ids[block.offsets, 0] = tokens
         # The rows asked for come first, in their order, so that what is copied back is one piece and all of it wanted.
-        wanted = np.concatenate([block.places, np.setdiff1d(np.arange(block.size), block.places)])
+        wanted = np.concatenate([block.offsets, np.setdiff1d(np.arange(block.size), block.offsets)])
         logits = self._step(DECODE, block.first, ids, block.starts, wanted, len(slots))
-        self._rows.lengths[block.first + block.places] += 1
+        self._slots.lengths[block.first + block.offsets] += 1
         return logits
 
     def _step(

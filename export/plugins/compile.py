@@ -42,9 +42,11 @@ def compile_ptx(kernel: Kernel, architecture: int = 80) -> str:
     found = parameters(ptx, kernel.name)
     if found != kernel.parameters:
         raise BuildError(
-            f"parameters of the compiled {kernel.name}", expected=", ".join(kernel.parameters), found=", ".join(found),
+            f"parameters of the compiled {kernel.name}",
+            expected=", ".join(kernel.parameters),
+            found=", ".join(found),
             remedy="the source and its description in export/plugins/kernels.py have parted",
-        )  # fmt: skip
+        )
     return ptx
 
 

@@ -36,9 +36,18 @@ def hypersphere_update(network: Any, h: Any, x: Any, lr: Any, *, eps: float, arc
 
 
 def qk_norm(
-    network: Any, qk: Any, cos: Any, sin: Any, positions: Any, q_scale: Any, *,
-    heads: int, kv_heads: int, head_dim: int, architecture: int = 80,
-) -> tuple[Any, Any]:  # fmt: skip
+    network: Any,
+    qk: Any,
+    cos: Any,
+    sin: Any,
+    positions: Any,
+    q_scale: Any,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    architecture: int = 80,
+) -> tuple[Any, Any]:
     """Add rotary embedding, l2 norm of each head and a scale on q; returns the ITensors q [B, H, S, D] and k [B, K, S, D].
 
     qk [B, S, (H + K) * D] float32, float16 or bfloat16, q heads first; cos and sin float32 [L, R / 2], the first R channels
@@ -88,16 +97,24 @@ def register() -> Any:
     @trtp.aot_impl("ngpt::hypersphere_update")
     def build_update(
         h: Desc, x: Desc, lr: Desc, size: int, eps: float, architecture: int, outputs: tuple[Desc], tactic: int
-    ) -> tuple[str | bytes, str | bytes, KernelLaunchParams, SymIntExprs]:  # fmt: skip
+    ) -> tuple[str | bytes, str | bytes, KernelLaunchParams, SymIntExprs]:
         kernel = HypersphereUpdate(size, eps, _dtype(h))
         rows = h.shape_expr.numel() // size
         return compiled(kernel, architecture, rows, rows, ())
 
     @trtp.register("ngpt::qk_norm")
     def describe_norm(
-        qk: Desc, cos: Desc, sin: Desc, positions: Desc, q_scale: Desc,
-        heads: int, kv_heads: int, head_dim: int, rotary_dim: int, architecture: int,
-    ) -> tuple[Desc, Desc]:  # fmt: skip
+        qk: Desc,
+        cos: Desc,
+        sin: Desc,
+        positions: Desc,
+        q_scale: Desc,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        rotary_dim: int,
+        architecture: int,
+    ) -> tuple[Desc, Desc]:
         batch, sequence = qk.shape_expr[0], qk.shape_expr[1]
         q = trtp.from_shape_expr((batch, heads, sequence, head_dim), qk.dtype)
         k = trtp.from_shape_expr((batch, kv_heads, sequence, head_dim), qk.dtype)
@@ -106,15 +123,25 @@ def register() -> Any:
     @trtp.autotune("ngpt::qk_norm")
     def tune_norm(
         qk: Desc, cos: Desc, sin: Desc, positions: Desc, q_scale: Desc, outputs: tuple[Desc, Desc]
-    ) -> list[AutoTuneCombination]:  # fmt: skip
+    ) -> list[AutoTuneCombination]:
         kind = _KINDS[_dtype(qk)]
         return [AutoTuneCombination(f"{kind}, FP32, FP32, INT32, FP32, {kind}, {kind}", "LINEAR")]
 
     @trtp.aot_impl("ngpt::qk_norm")
     def build_norm(
-        qk: Desc, cos: Desc, sin: Desc, positions: Desc, q_scale: Desc,
-        heads: int, kv_heads: int, head_dim: int, rotary_dim: int, architecture: int, outputs: tuple[Desc, Desc], tactic: int,
-    ) -> tuple[str | bytes, str | bytes, KernelLaunchParams, SymIntExprs]:  # fmt: skip
+        qk: Desc,
+        cos: Desc,
+        sin: Desc,
+        positions: Desc,
+        q_scale: Desc,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        rotary_dim: int,
+        architecture: int,
+        outputs: tuple[Desc, Desc],
+        tactic: int,
+    ) -> tuple[str | bytes, str | bytes, KernelLaunchParams, SymIntExprs]:
         kernel = QKNorm(heads, kv_heads, head_dim, rotary_dim, _dtype(qk))
         sequence = qk.shape_expr[1]
         tokens = qk.shape_expr[0] * sequence

@@ -1,6 +1,7 @@
 """config.json of a TensorRT-LLM checkpoint, and back.
 
-Keys of `PretrainedConfig.__init__` (tensorrt_llm/models/modeling_utils.py), read at commit 34a26727 of anish-shanbhag/TensorRT-LLM, a fork made while 1.2 was current, the nearest stored to tag v1.2.1.
+Keys of `PretrainedConfig.__init__` (tensorrt_llm/models/modeling_utils.py), read at commit 34a26727 of
+anish-shanbhag/TensorRT-LLM, a fork made while 1.2 was current, the nearest stored to tag v1.2.1.
 """
 
 from __future__ import annotations

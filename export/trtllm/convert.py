@@ -120,7 +120,9 @@ def _write(file: RankFile, name: str, part: Part, value: Array, dtype: torch.dty
         rounded = block.to(dtype)
         if dtype == torch.float16 and not bool(torch.isfinite(rounded).all()):
             raise UnsupportedError(
-                f"weight {source} in float16", expected="values up to 65504", found=f"{float(block.abs().max()):.3g}",
+                f"weight {source} in float16",
+                expected="values up to 65504",
+                found=f"{float(block.abs().max()):.3g}",
                 remedy="choose --precision bf16",
-            )  # fmt: skip
+            )
         file.write(name, part.at + start - rows.start, rounded)

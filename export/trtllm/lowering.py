@@ -108,7 +108,8 @@ class TensorRTLLM(Lowering[Tensor]):
         if self.spec.position == "research":
             return x * self._rows("research.diagonal", lambda: position_diagonal(self.spec))
         half, size = self.spec.rotary_dim // 2, self.spec.head_dim
-        cos, sin = (self._rows(f"rope.{n}", lambda t=t: rope_tables(self.spec)[t]) for t, n in enumerate(("cos", "sin")))
+        cos = self._rows("rope.cos", lambda: rope_tables(self.spec)[0])
+        sin = self._rows("rope.sin", lambda: rope_tables(self.spec)[1])
         sizes = [half, half] + ([size - 2 * half] if size > 2 * half else [])
         a, b, *rest = self.f.split(x, sizes, dim=self._leading + 1)
         return self.f.concat([a * cos - b * sin, b * cos + a * sin, *rest], dim=self._leading + 1)

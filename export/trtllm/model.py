@@ -28,9 +28,11 @@ try:
     from tensorrt_llm.parameter import Parameter
 except ImportError as error:
     raise MissingPackageError(
-        "this file is for trtllm-build", expected="tensorrt-llm 1.2", found=str(error),
+        "this file is for trtllm-build",
+        expected="tensorrt-llm 1.2",
+        found=str(error),
         remedy="use NVIDIA's TensorRT-LLM container, or pip install 'tensorrt-llm>=1.2,<1.3' with NVIDIA's package index",
-    ) from error  # fmt: skip
+    ) from error
 
 
 class NGPTConfig(PretrainedConfig):
@@ -136,13 +138,22 @@ class NGPTForCausalLM(PretrainedModel):
             raise UnsupportedError("gpt_attention_plugin", expected="enabled", found="disabled")
         if plugins.use_fp8_context_fmha:
             raise UnsupportedError(
-                "use_fp8_context_fmha", expected="disabled", found="enabled",
+                "use_fp8_context_fmha",
+                expected="disabled",
+                found="enabled",
                 remedy="disable it; with an fp8 cache and fp8 weights disable use_paged_context_fmha too, which turns it on",
-            )  # fmt: skip
+            )
         inputs = Inputs(
-            input_ids, position_ids, hidden_states, last_token_ids, use_cache, kv_cache_params, attention_params,
-            packed=bool(plugins.remove_input_padding), paged=bool(plugins.paged_kv_cache),
-        )  # fmt: skip
+            input_ids,
+            position_ids,
+            hidden_states,
+            last_token_ids,
+            use_cache,
+            kv_cache_params,
+            attention_params,
+            packed=bool(plugins.remove_input_padding),
+            paged=bool(plugins.paged_kv_cache),
+        )
         kernels = self.config.ngpt.get("kernels")
         lowering = (
             TensorRTLLM(functional, self, inputs)

@@ -43,9 +43,11 @@ try:
     from tensorrt_llm._torch.modules.linear import Linear, TensorParallelMode
 except ImportError as error:
     raise MissingPackageError(
-        "this file is for TensorRT-LLM's PyTorch flow", expected="tensorrt-llm 1.3", found=str(error),
+        "this file is for TensorRT-LLM's PyTorch flow",
+        expected="tensorrt-llm 1.3",
+        found=str(error),
         remedy="use NVIDIA's TensorRT-LLM container",
-    ) from error  # fmt: skip
+    ) from error
 
 from transformers import AutoConfig, PretrainedConfig
 
@@ -258,9 +260,11 @@ class NGPTForCausalLM(DecoderModelForCausalLM):
         config = model_config.pretrained_config
         if getattr(model_config.quant_config, "quant_algo", None) is not None:
             raise UnsupportedError(
-                "quantised nGPT in TensorRT-LLM's PyTorch flow", expected="no quant_algo",
-                found=str(model_config.quant_config.quant_algo), remedy="use the engine flow of TensorRT-LLM 1.2",
-            )  # fmt: skip
+                "quantised nGPT in TensorRT-LLM's PyTorch flow",
+                expected="no quant_algo",
+                found=str(model_config.quant_config.quant_algo),
+                remedy="use the engine flow of TensorRT-LLM 1.2",
+            )
         keys = config_dict(config)
         spec = NGPTSpec.from_config(keys)
         # The base class would share the embedding table with the head, whose rows carry sz here.

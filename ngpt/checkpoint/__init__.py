@@ -12,5 +12,13 @@ from ngpt.checkpoint.save import save_hf
 from ngpt.tensor_names import Expected, expected_tensors
 
 __all__ = [
-    "Change", "Checkpoint", "Expected", "TensorInfo", "expected_tensors", "fold_scales", "normalize", "open_checkpoint", "save_hf",
-]  # fmt: skip
+    "Change",
+    "Checkpoint",
+    "Expected",
+    "TensorInfo",
+    "expected_tensors",
+    "fold_scales",
+    "normalize",
+    "open_checkpoint",
+    "save_hf",
+]

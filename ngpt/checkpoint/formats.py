@@ -77,9 +77,11 @@ def _open(path: Path, given: str, options: Options) -> Checkpoint:
         raise CheckpointError(f"{path} is not a checkpoint", expected="a folder or a ckpt.pt", found=kind)
     if exists(path, "manifest.json") and not (exists(path, SINGLE_FILE) or exists(path, INDEX_FILE)):
         raise CheckpointError(  # its config.json is there for other tools
-            f"{path} is an engine", expected="a checkpoint", found="manifest.json and no weights of PyTorch's",
+            f"{path} is an engine",
+            expected="a checkpoint",
+            found="manifest.json and no weights of PyTorch's",
             remedy="give the checkpoint that the engine was built from",
-        )  # fmt: skip
+        )
     if exists(path, CONFIG_FILE):
         return _open_folder(path, options)
     if exists(path, RESEARCH_FILE):

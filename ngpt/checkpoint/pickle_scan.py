@@ -23,12 +23,14 @@ from ngpt.errors import CorruptFileError, NGPTDeployError, UnsafeFormatError, sh
 MAX_INSTRUCTIONS = 1 << 18  # under half a second; the file of a 48-layer model and its optimiser has some 40,000
 _MAX_AXES = 64
 
-_ITEM_BYTES = {
-    "DoubleStorage": 8, "FloatStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2, "LongStorage": 8, "IntStorage": 4,
-    "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1, "BoolStorage": 1, "ComplexDoubleStorage": 16,
-    "ComplexFloatStorage": 8, "storage.UntypedStorage": 1,
-}  # fmt: skip
-_STORAGES = {f"torch.{name}": size for name, size in _ITEM_BYTES.items()}
+_STORAGES_OF_SIZE = {
+    1: "CharStorage ByteStorage BoolStorage storage.UntypedStorage",
+    2: "HalfStorage BFloat16Storage ShortStorage",
+    4: "FloatStorage IntStorage",
+    8: "DoubleStorage LongStorage ComplexFloatStorage",
+    16: "ComplexDoubleStorage",
+}
+_STORAGES = {f"torch.{name}": size for size, names in _STORAGES_OF_SIZE.items() for name in names.split()}
 
 # Constructors of plain data whose call a stand-in may swallow. Any other call is refused: it could be of anything.
 _INERT_CALLS = frozenset(
@@ -41,10 +43,19 @@ _INERT_CALLS = frozenset(
     | {f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")}
     | {f"builtins.{name}" for name in ("frozenset", "slice", "range", "object", "list", "dict", "tuple", "bytes")}
     | {
-        "numpy.dtype", "numpy.ndarray", "collections.defaultdict", "collections.deque", "types.SimpleNamespace", "random.Random",
-        "copyreg._reconstructor", "decimal.Decimal", "fractions.Fraction", "uuid.UUID", "torch._C.Generator",
+        "numpy.dtype",
+        "numpy.ndarray",
+        "collections.defaultdict",
+        "collections.deque",
+        "types.SimpleNamespace",
+        "random.Random",
+        "copyreg._reconstructor",
+        "decimal.Decimal",
+        "fractions.Fraction",
+        "uuid.UUID",
+        "torch._C.Generator",
     }
-)  # fmt: skip
+)
 # torch.load refuses these modules, stand-in or not.
 _BLOCKED = frozenset({"sys", "os", "posix", "nt"})
 
@@ -167,9 +178,11 @@ class _Machine:
             self.build(self.pop(), self.top())
         elif name not in ("PROTO", "STOP"):
             raise UnsafeFormatError(
-                f"{self.where} is not a pickle as torch.save writes it", expected="its default protocol, 2",
-                found=f"the instruction {name}", remedy="re-save it with torch.save's default pickle_protocol",
-            )  # fmt: skip
+                f"{self.where} is not a pickle as torch.save writes it",
+                expected="its default protocol, 2",
+                found=f"the instruction {name}",
+                remedy="re-save it with torch.save's default pickle_protocol",
+            )
 
     def top(self) -> Any:
         """The top of the stack, which must be a value."""

@@ -23,11 +23,15 @@ from ngpt.files import parse_json
 # The format allows 100 MB of header, which is gigabytes of Python objects; the table's largest network needs 8 MB.
 MAX_HEADER_BYTES = 16 << 20
 _MAX_AXES = 64
-_ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
-    "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
-_BITS = {name: 8 * size for name, size in _ITEM_BYTES.items()} | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+_NAMES_OF_WIDTH = {
+    4: "F4",
+    6: "F6_E2M3 F6_E3M2",
+    8: "BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ",
+    16: "I16 U16 F16 BF16",
+    32: "I32 U32 F32",
+    64: "I64 U64 F64 C64",
+}
+_BITS = {name: bits for bits, names in _NAMES_OF_WIDTH.items() for name in names.split()}
 
 
 @dataclass(frozen=True)

@@ -53,10 +53,12 @@ class Deviation:
             expected=f"norm 1 within {self.tolerance:.2g} ({str(self.dtype).removeprefix('torch.')} rounding)"
             + (f", or within {OFF_SPHERE_LIMIT:g} with a warning" if self.tolerance < OFF_SPHERE_LIMIT else ""),
             found=f"norm {self.norm:.6g}",
-            remedy="check that this is an nGPT checkpoint; then project it back (ngpt-deploy convert --normalize), or build what the "
+            remedy="check that this is an nGPT checkpoint; then project it back (ngpt-deploy convert --normalize), or build "
+            "what the "
             "file says (--allow-off-sphere)"
             if self.norm > 0
-            else "a zero vector has no direction, and the network divides by its norm: give the token an embedding, or build what the "
+            else "a zero vector has no direction, and the network divides by its norm: give the token an embedding, or build "
+            "what the "
             "file says (--allow-off-sphere)",
         )
 

@@ -22,7 +22,9 @@ def add_package(command: Command) -> None:
     package.add_argument("--output", type=Path, required=True, help="model repository to make; must not exist")
     add_text(package)
     package.add_argument("--slots", type=positive, default=8, help="sequences generated at once")
-    package.add_argument("--max-queue", type=positive, default=256, help="requests that may wait for a slot; more are refused")
+    package.add_argument(
+        "--max-queue", type=positive, help="requests that may wait for a slot, 256 if not given; more are refused"
+    )
     package.add_argument(
         "--prefill-chunk", type=positive, help="most tokens of a prompt that are read in one step; 256 if not given"
     )
@@ -66,7 +68,7 @@ def _package(args: argparse.Namespace) -> int:
     if a_checkpoint and not (args.engine / "manifest.json").is_file():
         from triton_repo.llmapi import package_checkpoint
 
-        _refuse(args, "of an engine", "threads", "mount", "prefill_chunk")
+        _refuse(args, "of an engine", "threads", "mount", "max_queue", "prefill_chunk")
         package_checkpoint(
             args.engine,
             args.output,
@@ -88,7 +90,7 @@ def _package(args: argparse.Namespace) -> int:
         args.output,
         allow_unverified=args.allow_unverified,
         num_slots=args.slots,
-        max_queue=args.max_queue,
+        max_queue=256 if args.max_queue is None else args.max_queue,
         prefill_chunk=args.prefill_chunk,
         threads=args.threads,
         mount=args.mount,
@@ -109,7 +111,9 @@ def _refuse(args: argparse.Namespace, of: str, *names: str) -> None:
     """Raise PackagingError for an option that would not be looked at."""
     for name in names:
         if getattr(args, name) not in (None, []):
-            raise PackagingError(f"--{name} is an option {of}, which {args.engine} is not", remedy="leave it out")
+            raise PackagingError(
+                f"--{name.replace('_', '-')} is an option {of}, which {args.engine} is not", remedy="leave it out"
+            )
 
 
 def _serve(args: argparse.Namespace) -> int:

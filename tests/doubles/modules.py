@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def swapped(modules, clients):
-    """`modules` (name -> module) in sys.modules; `clients`, which import them, are imported anew, and dropped again at the end."""
+    """`modules` (name -> module) in sys.modules; `clients`, which import them, are imported anew, and dropped at the end."""
     before = {name: sys.modules.get(name) for name in (*modules, *clients)}
     for name in clients:
         sys.modules.pop(name, None)

@@ -1,4 +1,4 @@
-"""Stands in for the module `tensorrt_llm` where a packaged model imports it: `LLM` and `SamplingParams` as far as that model uses them.
+"""TEST DOUBLE of the module `tensorrt_llm` that a packaged model imports: `LLM` and `SamplingParams`, as far as used.
 
 Generates with this project's ONNX engine ($NGPT_DOUBLE_ENGINE, code from $NGPT_DOUBLE_ROOT), so the tokens are real;
 says nothing about TensorRT-LLM itself. Keyword arguments that the real classes lack are refused.

@@ -1,4 +1,4 @@
-"""TEST DOUBLE of the program `trtllm-build` 1.2: its options (tensorrt_llm/commands/build.py, commit 65f1d153) and its order of work.
+"""TEST DOUBLE of `trtllm-build` 1.2: its options (tensorrt_llm/commands/build.py, commit 65f1d153) and order of work.
 
 It loads the class as the program does (module `models`, configuration looked up in MODEL_MAP) and every rank's
 weights through the double of the API; the "engines" it writes say which rank they are. Environment: TRTLLM_FAIL makes

@@ -1,6 +1,7 @@
 """TensorRTRunner over doubles of CUDA and TensorRT: golden tokens through the scheduler, and everything that may be refused."""
 
 import gc
+import importlib
 import inspect
 import re
 import sys
@@ -357,16 +358,21 @@ def test_the_copy_in_a_triton_repository_serves_the_same_tokens(made, tmp_path, 
     (made.folder / "tokenizer.json").write_text(tokenizer().to_str())
     repository = package_engine(made.folder, tmp_path / "models", allow_unverified=True, num_slots=4)
     monkeypatch.syspath_prepend(repository / "tensorrt_llm" / "1")
-    monkeypatch.delitem(sys.modules, "runtime", raising=False)
-    import runtime
-
+    for name in loaded("engines"):
+        monkeypatch.delitem(sys.modules, name)  # and put back at the end
+    runtime = importlib.import_module("engines.runtime")
     try:
         assert Path(runtime.__file__).is_relative_to(repository)
         with runtime.load_engine(repository / "tensorrt_llm" / "1" / "engine", num_slots=4) as engine:
             assert engine.generate([[5, 6, 7]], max_new_tokens=4, ignore_eos=True) == [greedy(made.reference, [5, 6, 7], 4)]
     finally:
-        for name in [name for name in sys.modules if name.split(".")[0] == "runtime"]:
+        for name in loaded("engines"):
             del sys.modules[name]
+
+
+def loaded(package: str) -> list[str]:
+    """The modules of a package that are imported now."""
+    return [name for name in sys.modules if name.split(".")[0] == package]
 
 
 # The doubles themselves, and the real libraries' names.

@@ -14,11 +14,12 @@ BASE = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.1, "max_position_embeddings": 256,
 }  # fmt: skip
+ROTATED = {"rope_type": "default", "rope_theta": 1e4}
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
 VARIANTS = {
     "multi-query": {"num_key_value_heads": 1},
     "multi-head": {"num_key_value_heads": 4},
-    "partial rotary": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "partial rotary": {"rope_parameters": ROTATED | {"partial_rotary_factor": 0.5}},
     "partial rotary with yarn": {"rope_parameters": YARN | {"partial_rotary_factor": 0.5}},
     "yarn": {"rope_parameters": YARN},
     "linear": {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}},
@@ -60,7 +61,7 @@ class Case:
 ODD_HEADS = {
     "heads of 12": {"head_dim": 12},
     "heads of 20, one key head, biases": {"head_dim": 20, "num_key_value_heads": 1, "attention_bias": True},
-    "heads of 6, partly rotated": {"head_dim": 6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.7}},
+    "heads of 6, partly rotated": {"head_dim": 6, "rope_parameters": ROTATED | {"partial_rotary_factor": 0.7}},
     "heads of 10, research positions": {"head_dim": 10, "position_code": "research", "num_key_value_heads": 4},
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Research checkpoints as trainings write them, and as somebody hostile would: `ngpt/checkpoint/torch_file.py` and what it uses."""
+"""Research checkpoints as trainings write them, and as somebody hostile would: `ngpt/checkpoint/torch_file.py`."""
 
 import argparse
 import collections

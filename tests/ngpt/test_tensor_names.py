@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from export.trtllm.layout import rank_layout
 from export.trtllm.parallel import Parallel
 from export.weights import DeployedWeights
-from ngpt import tensor_names as names
+from ngpt import tensor_names
 from ngpt.checkpoint import expected_tensors, open_checkpoint
 from ngpt.errors import MissingTensorError, UnsupportedError
 from ngpt.spec import NGPTSpec
@@ -83,8 +83,8 @@ def test_names_are_taken_apart_and_others_are_refused(specs):
 def gain(monkeypatch):
     """A variant of the architecture: a vector a layer on the MLP's branch, in the table and nowhere else."""
     row = Row("layers.{}.mlp.gain", "model.layers.{}.mlp_gain", ("hidden",), fold=Scaled("mlp_alpha_scale", then="absolute"))
-    where = next(i for i, other in enumerate(names.TABLE) if other.name == "layers.{}.mlp.lr")
-    monkeypatch.setattr(names, "TABLE", (*names.TABLE[:where], row, *names.TABLE[where:]))
+    where = next(i for i, other in enumerate(tensor_names.TABLE) if other.name == "layers.{}.mlp.lr")
+    monkeypatch.setattr(tensor_names, "TABLE", (*tensor_names.TABLE[:where], row, *tensor_names.TABLE[where:]))
 
 
 def test_a_row_is_all_that_the_reader_and_the_weights_need_for_another_tensor(gain, tmp_path):

@@ -249,7 +249,18 @@ def test_folders_that_are_no_engines(tmp_path: Path) -> None:
             load_engine(folder)
 
 
-@pytest.mark.parametrize("option", [{"num_slots": 0}, {"num_slots": True}, {"num_slots": 2.0}, {"threads": 0}, {"threads": -1}])
+def test_the_steps_and_the_queue_are_as_large_as_load_engine_is_told(tmp_path: Path) -> None:
+    with load_engine(write_engine(tmp_path / "engine"), num_slots=1, prefill_chunk=2, max_queue=1) as engine:
+        assert engine.scheduler.max_queue == 1
+        engine.generate([[5, 6, 7, 8, 9]], max_new_tokens=1)
+        assert isinstance(engine.runner, NumpyRunner) and engine.runner.prefill_chunks == [2, 2, 1]
+
+
+BAD_SIZES: list[dict[str, Any]] = [{"num_slots": 0}, {"num_slots": True}, {"num_slots": 2.0}, {"threads": 0}, {"threads": -1}]
+BAD_SIZES += [{name: value} for name in ("prefill_chunk", "max_queue") for value in (0, -1, True, 2.5, None)]
+
+
+@pytest.mark.parametrize("option", BAD_SIZES)
 def test_bad_sizes(tmp_path: Path, option: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=next(iter(option))):
         load_engine(write_engine(tmp_path / "engine"), **option)

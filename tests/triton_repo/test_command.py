@@ -7,7 +7,11 @@ import subprocess
 import sys
 import time
 
-from tests.conftest import ROOT
+import pytest
+
+from scripts.cli import main
+from tests.conftest import ROOT, TINY
+from tests.triton_repo.test_package import config_of
 from triton_repo.package import package_engine
 
 
@@ -53,6 +57,21 @@ def test_serve_answers_generate_and_stops_on_sigterm(tiny_engine_folder, tmp_pat
         server.kill()
         server.stdout.close()
         server.wait()
+
+
+@pytest.mark.parametrize("given", [{"prefill_chunk": "7", "max_queue": "3"}, {}])
+def test_package_writes_what_it_is_asked_for_into_the_models_parameters(tiny_engine_folder, tmp_path, given):
+    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
+    assert main(["package", str(tiny_engine_folder), "--output", str(tmp_path / "models"), "--allow-unverified", *words]) == 0
+    found = {name: value.string_value for name, value in config_of(tmp_path / "models", "tensorrt_llm").parameters.items()}
+    for name in ("prefill_chunk", "max_queue"):
+        assert found[name] == given.get(name, "256")
+
+
+@pytest.mark.parametrize("option", ["--prefill-chunk", "--max-queue", "--threads"])
+def test_package_refuses_an_option_of_engines_for_a_checkpoint(tmp_path, capsys, option):
+    assert main(["package", str(TINY), "--output", str(tmp_path / "models"), "--allow-unverified", option, "3"]) == 2
+    assert f"{option} is an option of an engine" in capsys.readouterr().err and not (tmp_path / "models").exists()
 
 
 def test_a_server_that_is_starting_stops_on_sigterm(tiny_engine_folder, tmp_path):

@@ -26,14 +26,16 @@ from triton_repo.interface import (
     TENSORRT_LLM,
     TEXT,
     TOKENS,
+    WORD_LIST,
     Input,
     Tensor,
     honoured,
     inputs,
     options,
 )
-from triton_repo.serving_inputs import NUMPY, InputError, option_array, parse_options
+from triton_repo.serving_inputs import NUMPY, InputError, option_array, parse_options, word_lists
 
+DTYPE = model_config_pb2.DataType.Name
 SETTINGS = config_pbtxt.Settings(
     num_slots=4,
     max_queue=9,
@@ -56,6 +58,15 @@ CONFIGS = {
     BACKEND: lambda: config_pbtxt.backend_model(SETTINGS),
     PYTORCH: config_pbtxt.pytorch_model,
 }
+REPOSITORIES = {
+    "tensorrt_llm": CONFIGS[TOKENS],
+    "ensemble": CONFIGS[TEXT],
+    "preprocessing": lambda: config_pbtxt.preprocessing(SETTINGS),
+    "postprocessing": lambda: config_pbtxt.postprocessing(SETTINGS),
+    "backend": CONFIGS[BACKEND],
+    "backend_ensemble": lambda: config_pbtxt.ensemble(SETTINGS),
+    "pytorch": CONFIGS[PYTORCH],
+}
 VALUES = {"INT32": 1, "UINT64": 7, "FP32": 0.5, "BOOL": True}
 SAMPLED = [row for row in INPUTS if row.sets and row.option in options(TOKENS)]
 
@@ -68,9 +79,15 @@ def link(monkeypatch):
     """The bridge to TensorRT-LLM's backend, with a stand-in for Triton's Python module: its tensors are looked at, none is sent."""
     stand_in = SimpleNamespace(TRITONSERVER_RESPONSE_COMPLETE_FINAL=1)
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", stand_in)
-    for name in ("shared.python_backend", "trtllm_backend.link"):
-        monkeypatch.delitem(sys.modules, f"triton_repo.templates.{name}", raising=False)
-    return importlib.import_module("triton_repo.templates.trtllm_backend.link")
+    return template(monkeypatch, "trtllm_backend.link")
+
+
+def template(monkeypatch, name):
+    """A template's module, imported anew: with the rows that the table has now."""
+    monkeypatch.setattr(sys, "path", list(sys.path))  # a model puts its own folder first
+    for module in ("shared.python_backend", name):
+        monkeypatch.delitem(sys.modules, f"triton_repo.templates.{module}", raising=False)
+    return importlib.import_module(f"triton_repo.templates.{name}")
 
 
 @pytest.fixture
@@ -107,6 +124,49 @@ def test_configurations_declare_the_rows_and_nothing_else(kind):
     assert [t.name for t in config.input] == list(dict.fromkeys(t.name for t in config.input))
     found = {t.name: Tensor(t.name, model_config_pb2.DataType.Name(t.data_type)[5:], tuple(t.dims)) for t in config.input}
     assert found == expected
+
+
+@pytest.mark.parametrize("model", REPOSITORIES)
+def test_clients_of_the_first_release_find_every_tensor_as_it_was(model):
+    """tests/data/wire-0.1.json was read from the files of 0.1, which were written by hand. What came later must be optional."""
+    before = json.loads((ROOT / "tests" / "data" / "wire-0.1.json").read_text(encoding="utf-8"))[model]
+    config = parsed(REPOSITORIES[model]())
+    now = {t.name: [DTYPE(t.data_type)[5:], list(t.dims)] + ["optional"] * t.optional for t in config.input}
+    assert {name: now.get(name) for name in before["inputs"]} == before["inputs"]
+    assert all(kind[2:] == ["optional"] for name, kind in now.items() if name not in before["inputs"])
+    outputs = {t.name: [DTYPE(t.data_type)[5:], list(t.dims)] for t in config.output}
+    assert {name: outputs.get(name) for name in before["outputs"]} == before["outputs"]
+
+
+def test_no_input_is_declared_and_then_not_looked_at():
+    """Each sets something, is limited to what is neutral, or is read by the models' own code."""
+    by_hand = {"end_id", "pad_id"}  # one sets two fields; the other is taken and not used, as the guide says
+    for kind, model in ((TOKENS, "tokens"), (TEXT, "text")):
+        code = (ROOT / "triton_repo" / "templates" / "engine" / f"{model}.py").read_text(encoding="utf-8")
+        for row in options(kind).values():
+            read = f'wants("{row.option}"' in code
+            assert row.sets or row.only or read or row.option in by_hand, f"{row.option} of the {model} model does nothing"
+    ours = {row.option for row in INPUTS if row.tokens is not None or row.text is not None}
+    own_code = {
+        "prompt",
+        "input_ids",
+        "input_lengths",
+        "bad_words",
+        "stop_words",
+        "stop",
+    }  # as a further row of no single value would need
+    assert ours - set(options(TOKENS)) - set(options(TEXT)) == own_code
+    assert {row.option for row, tensor in inputs(TOKENS) if tensor.dims == WORD_LIST} == {"bad_words", "stop_words"}
+
+
+def test_the_pytorch_runtimes_model_looks_at_every_input_that_it_declares(monkeypatch):
+    link(monkeypatch)
+    model = template(monkeypatch, "trtllm_pytorch.model")
+    read = {tensor.name for _, tensor in model.SAMPLING} | {f"return_{name}" for name in model.EXTRAS}
+    named = {"text_input", "stop", "streaming", "sampling_param_stop", "return_cumulative_logprob"}
+    code = (ROOT / "triton_repo" / "templates" / "trtllm_pytorch" / "model.py").read_text(encoding="utf-8")
+    assert all(f'(inputs, "{name}")' in code for name in named)
+    assert {tensor.name for _, tensor in inputs(PYTORCH)} == read | named
 
 
 @pytest.mark.parametrize("row", SAMPLED, ids=lambda row: row.option)
@@ -147,6 +207,8 @@ def test_the_bridge_sends_word_lists_and_end_tokens(monkeypatch):
     assert sent["end_id"].item() == 2 and sent["stop_words_list"].tolist() == [[[7], [1]]]
     assert sent["bad_words_list"].tolist() == [[[4, 5], [2, -1]]]
     assert bridge._tensors([1], {"max_new_tokens": 3, "ignore_eos": True, "eos_token_ids": (2,)})["end_id"].item() == -1
+    both = bridge._tensors([1], {"stop_sequences": [[4, 5]], "eos_token_ids": (2, 7)})
+    assert both["stop_words_list"].tolist() == [[[4, 5, 7], [2, 3, -1]]]
 
 
 def test_a_new_row_is_known_to_every_path_at_once(rows, monkeypatch):
@@ -173,6 +235,26 @@ def test_a_new_row_is_known_to_every_path_at_once(rows, monkeypatch):
     assert parser().parse_args(["generate", "x", "--top-h", "0.5"]).top_h == 0.5
 
 
+def test_a_new_row_that_tensorrt_llm_has_too_reaches_each_of_its_runtimes(rows, monkeypatch):
+    wire = Tensor("top_h", "FP32")
+    theirs = Tensor("sampling_param_top_h", "FP32")
+    rows(Input("top_h", "not there", tokens=wire, text=wire, backend=wire, pytorch=theirs, sets="top_h", neutral=0.0))
+    sampling = parse_options({"max_tokens": np.asarray([[5]]), "top_h": np.asarray([[0.5]])}, TEXT, 100, TENSORRT_LLM).sampling
+    assert link(monkeypatch)._tensors([1], sampling)["top_h"] == np.asarray([[0.5]], np.float32)
+    for kind, name in ((BACKEND, "top_h"), (PYTORCH, "sampling_param_top_h")):
+        assert name in {t.name for t in parsed(CONFIGS[kind]()).input}
+    ensemble = parsed(config_pbtxt.ensemble(SETTINGS))
+    assert "top_h" in {t.name for t in ensemble.input} and ensemble.ensemble_scheduling.step[1].input_map["top_h"] == "top_h"
+    model = template(monkeypatch, "trtllm_pytorch.model")
+    assert "sampling_param_top_h" in {tensor.name for _, tensor in model.SAMPLING}
+
+
+def test_a_new_word_list_reaches_the_sampler_of_the_tokens_model(rows):
+    rows(Input("start_words", "not there", tokens=Tensor("start_words_list", "INT32", WORD_LIST), sets="start_sequences"))
+    found = word_lists({"start_words_list": np.asarray([[[4, 5], [2, -1]]])}, 100)
+    assert found == {"bad_sequences": (), "stop_sequences": (), "start_sequences": ((4, 5),)}
+
+
 def test_an_option_nobody_knows_is_refused_by_the_client():
     with pytest.raises(TypeError, match="unknown option top_n; known are .*min_p"):
         token_tensors([1], 5, (), (), {"top_n": 1})
@@ -180,8 +262,9 @@ def test_an_option_nobody_knows_is_refused_by_the_client():
         token_tensors([1], 5, (), (), {"min_p": 2})
 
 
-def test_our_own_engine_honours_every_row():
-    assert all(honoured(row, NGPT) for row in INPUTS)
+def test_our_own_engine_honours_every_row_but_those_of_the_pytorch_runtime_alone():
+    others = {row.option for row in INPUTS if not honoured(row, NGPT)}
+    assert others == {"best_of", "return_finish_reason", "return_stop_reason", "return_cumulative_logprob"}
     assert {row.option for row in options(TEXT).values() if not honoured(row, TENSORRT_LLM)} == {"min_p"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -176,7 +177,38 @@ def test_a_full_disk_leaves_nothing_behind(tiny_engine_folder, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+SERVES = """
+import json, sys, types
+from google.protobuf import json_format, text_format
+from tritonclient.grpc import model_config_pb2
+sys.modules["triton_python_backend_utils"] = types.SimpleNamespace(
+    TRITONSERVER_RESPONSE_COMPLETE_FINAL=1, Logger=types.SimpleNamespace(log_warn=print, log_error=print))
+version = sys.argv[1]
+config = text_format.Parse(open(version + "/../config.pbtxt").read(), model_config_pb2.ModelConfig())
+sys.path.insert(0, version)
+import model
+served = model.TritonPythonModel()
+config = json.dumps(json_format.MessageToDict(config, preserving_proto_field_name=True))
+served.initialize({"model_config": config, "model_name": "tensorrt_llm"})
+scheduler = served.engine.scheduler
+print("found", scheduler.prefill_chunk, scheduler.max_queue, scheduler.runner.num_slots, model.__file__, type(scheduler).__module__)
+served.finalize()
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({"prefill_chunk": 7, "max_queue": 3, "num_slots": 2}, "7 3 2"), ({}, "256 256 8")],
+)
+def test_what_is_asked_of_the_packager_reaches_the_served_models_scheduler(tiny_engine_folder, tmp_path, options, expected):
+    made = package_engine(tiny_engine_folder, tmp_path / "models", allow_unverified=True, threads=1, **options)
+    version = made / "tensorrt_llm" / "1"
+    run = subprocess.run([sys.executable, "-c", SERVES, str(version)], cwd=tmp_path, capture_output=True, text=True, check=True)
+    (line,) = [line for line in run.stdout.splitlines() if line.startswith("found")]
+    assert line == f"found {expected} {version}/model.py engines.runtime.scheduler"
+
+
 def test_options_out_of_range_are_named(tiny_engine_folder, tmp_path):
-    for name in ("num_slots", "max_queue", "threads"):
+    for name in ("num_slots", "max_queue", "prefill_chunk", "threads"):
         with pytest.raises(PackagingError, match=f"{name}: expected at least 1, found 0"):
             package_engine(tiny_engine_folder, tmp_path / "out", allow_unverified=True, **{name: 0})

@@ -295,6 +295,8 @@ def test_the_health_check_knows_llmapi(llmapi):
 def test_llmapi_refuses_and_stops(llmapi):
     with pytest.raises(RequestRefused, match="sampling_param_max_tokens: expected at least 1, found 0"):
         ask(llmapi.url, PROMPT, 0)
+    with pytest.raises(RequestRefused, match="sampling_param_min_p"):  # which that runtime's model has no input for
+        ask(llmapi.url, PROMPT, 4, sampling_param_min_p=np.float32(0.1))
     with pytest.raises(RequestRefused, match="best_of: expected 1"):
         ask(llmapi.url, PROMPT, 4, sampling_param_best_of=np.int32(2))
     with ThreadPoolExecutor(1) as pool:

@@ -1,4 +1,4 @@
-"""The traced network against golden data, on a double of TensorRT-LLM's API: packed and padded, chunked, in flight, divided."""
+"""The network against golden data, on a double of TensorRT-LLM's API: packed and padded, chunked, in flight, divided."""
 
 import numpy as np
 import pytest

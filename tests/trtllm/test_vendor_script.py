@@ -1,4 +1,4 @@
-"""scripts/verify_on_vendor_container.sh and its parity step, as far as they run here: syntax, refusals, steps around the engine."""
+"""scripts/verify_on_vendor_container.sh and its parity step, as far as they run here: syntax, refusals, the steps."""
 
 import subprocess
 import sys

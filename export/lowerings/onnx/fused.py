@@ -60,9 +60,13 @@ class OnnxRuntime(OnnxPortable):
         if spec.position == "rope":  # of packed heads, as the kernel takes them
             cos, sin = self._rope_tables()
             qk = self._node(
-                "RotaryEmbedding", [qk, self.position_ids, cos, sin], f"{name}.qk_rope", "com.microsoft",
-                num_heads=heads + keys, rotary_embedding_dim=self._rotary(),
-            )  # fmt: skip
+                "RotaryEmbedding",
+                [qk, self.position_ids, cos, sin],
+                f"{name}.qk_rope",
+                "com.microsoft",
+                num_heads=heads + keys,
+                rotary_embedding_dim=self._rotary(),
+            )
         turned = self.split_heads(f"{name}.qk_turned", qk, heads + keys)
         if spec.position == "research":
             turned = self.position(f"{name}.qk_rope", turned)
@@ -103,9 +107,15 @@ class OnnxRuntime(OnnxPortable):
         q, k, v = (packed(f"{name}.{part}", x) for part, x in (("queries", q), ("new_key", k), ("new_value", v)))
         outputs = [f"{name}.wide" if wide else name, f"present.{layer}.key", f"present.{layer}.value"]
         out, *present = self._nodes(
-            "GroupQueryAttention", [q, k, v, *past, self.last, self.total], outputs, "com.microsoft",
-            num_heads=heads, kv_num_heads=keys, scale=scale, do_rotary=0,
-        )  # fmt: skip
+            "GroupQueryAttention",
+            [q, k, v, *past, self.last, self.total],
+            outputs,
+            "com.microsoft",
+            num_heads=heads,
+            kv_num_heads=keys,
+            scale=scale,
+            do_rotary=0,
+        )
         self._present(present)
         return self._narrowed(name, out, heads) if wide else out
 

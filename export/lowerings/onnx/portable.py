@@ -124,9 +124,11 @@ class OnnxPortable(GraphBuilder, Lowering[ir.Value]):
         cos, sin = self._rope_tables()
         # The operator indexes the caches by position_ids; the rotated width is explicit for partial rotary embedding.
         turned = self._node(
-            "RotaryEmbedding", [self._head_first(name, x), cos, sin, self.position_ids], f"{name}.turned",
+            "RotaryEmbedding",
+            [self._head_first(name, x), cos, sin, self.position_ids],
+            f"{name}.turned",
             rotary_embedding_dim=self._rotary(),
-        )  # fmt: skip
+        )
         return self._node("Transpose", [turned], name, perm=[0, 2, 1, 3])
 
     def l2norm(self, name: str, x: ir.Value, eps: float = 0.0) -> ir.Value:

@@ -31,9 +31,17 @@ class TensorRTPlugins(TensorRT):
         cos, sin = (self.constant(f"rope.{n}", t) for n, t in zip(("cos", "sin"), rope_tables(spec), strict=True))
         scale = self.constant(f"{name}.q_scale.flat", self.weights.get(f"{name}.q_scale"))
         q, k = registration.qk_norm(
-            self.network, packed, cos, sin, self.position_ids, scale,
-            heads=heads, kv_heads=keys, head_dim=size, architecture=self.architecture,
-        )  # fmt: skip
+            self.network,
+            packed,
+            cos,
+            sin,
+            self.position_ids,
+            scale,
+            heads=heads,
+            kv_heads=keys,
+            head_dim=size,
+            architecture=self.architecture,
+        )
         return self.named(f"{name}.q_scaled", q), self.named(f"{name}.k_norm", k), values
 
     def hypersphere_update(self, name: str, h: Tensor, x: Tensor, rate: str, eps: float) -> Tensor:

@@ -14,10 +14,10 @@ import triton_python_backend_utils as pb_utils
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # what was copied beside this file, before anything that is installed
 
-from engines.runtime.errors import RequestError  # noqa: E402
-from engines.runtime.text import Tokenizer  # noqa: E402
-from triton_repo.serving_inputs import InputError, Inputs, check_ids  # noqa: E402
-from triton_repo.templates.shared.python_backend import bad_request, error_response, inputs_of, parameter  # noqa: E402
+from engines.runtime.errors import RequestError
+from engines.runtime.text import Tokenizer
+from triton_repo.serving_inputs import InputError, Inputs, check_ids
+from triton_repo.templates.shared.python_backend import bad_request, error_response, inputs_of, parameter
 
 
 class TritonPythonModel:

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # what was copied beside this file, before anything that is installed
 
-from engines.runtime.errors import RequestError  # noqa: E402
-from engines.runtime.text import Tokenizer  # noqa: E402
-from triton_repo.serving_inputs import InputError, Inputs, scalar, sequences_array, text_of, words_of  # noqa: E402
-from triton_repo.templates.shared.python_backend import bad_request, error_response, inputs_of, parameter  # noqa: E402
+from engines.runtime.errors import RequestError
+from engines.runtime.text import Tokenizer
+from triton_repo.serving_inputs import InputError, Inputs, scalar, sequences_array, text_of, words_of
+from triton_repo.templates.shared.python_backend import bad_request, error_response, inputs_of, parameter
 
 
 class TritonPythonModel:

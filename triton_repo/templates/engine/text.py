@@ -21,10 +21,10 @@ import triton_python_backend_utils as pb_utils
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # what was copied beside this file, before anything that is installed
 
-from engines.runtime.errors import RequestError  # noqa: E402
-from engines.runtime.text import TextStream, Tokenizer  # noqa: E402
-from triton_repo.interface import TEXT  # noqa: E402
-from triton_repo.serving_inputs import (  # noqa: E402
+from engines.runtime.errors import RequestError
+from engines.runtime.text import TextStream, Tokenizer
+from triton_repo.interface import TEXT
+from triton_repo.serving_inputs import (
     InputError,
     Options,
     check_room,
@@ -32,7 +32,7 @@ from triton_repo.serving_inputs import (  # noqa: E402
     text_of,
     words_of,
 )
-from triton_repo.templates.shared.python_backend import (  # noqa: E402
+from triton_repo.templates.shared.python_backend import (
     FINAL,
     Arrays,
     Header,

@@ -15,20 +15,20 @@ import triton_python_backend_utils as pb_utils
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # what was copied beside this file, before anything that is installed
 
-from engines.runtime import RequestHandle, SamplingParams, TokenEvent, load_engine  # noqa: E402
-from engines.runtime.errors import CapacityError, RequestError  # noqa: E402
-from triton_repo.interface import TOKENS  # noqa: E402
-from triton_repo.serving_inputs import (  # noqa: E402
+from engines.runtime import RequestHandle, SamplingParams, TokenEvent, load_engine
+from engines.runtime.errors import CapacityError, RequestError
+from triton_repo.interface import TOKENS
+from triton_repo.serving_inputs import (
     InputError,
     Options,
     check_room,
     parse_options,
     prompt_tokens,
     scalar,
-    sequences_of,
+    word_lists,
 )
-from triton_repo.templates.engine.link import EngineServer, address  # noqa: E402
-from triton_repo.templates.shared.python_backend import (  # noqa: E402
+from triton_repo.templates.engine.link import EngineServer, address
+from triton_repo.templates.shared.python_backend import (
     FINAL,
     Metrics,
     Sender,
@@ -103,10 +103,7 @@ class TritonPythonModel:
         options = parse_options(inputs, TOKENS, self.vocab_size)
         prompt = prompt_tokens(inputs, self.vocab_size)
         check_room("input_ids", len(prompt), "request_output_len", options.given["max_tokens"], self.max_length)
-        sampling = dict(options.sampling)
-        sampling["stop_sequences"] = sequences_of(inputs, "stop_words_list", self.vocab_size)
-        sampling["bad_sequences"] = sequences_of(inputs, "bad_words_list", self.vocab_size)
-        handle = self._submit(prompt, sampling)
+        handle = self._submit(prompt, options.sampling | word_lists(inputs, self.vocab_size))
         with self.lock:
             self.handles.setdefault(name, []).append(handle)
         answer = Answer(sender, options, prompt, options.wants("exclude_input", self.exclude_input))

@@ -19,7 +19,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
-from triton_repo.interface import BACKEND, INPUTS
+from triton_repo.interface import BACKEND, INPUTS, WORD_LIST
 from triton_repo.interface import TENSORRT_LLM as ENGINE
 from triton_repo.serving_inputs import NUMPY, sequences_array
 from triton_repo.templates.shared.python_backend import Arrays, Header
@@ -92,6 +92,7 @@ def _tensors(prompt: Sequence[int], sampling: dict[str, Any]) -> dict[str, NDArr
         "input_lengths": np.asarray([[len(prompt)]], np.int32),
     }
     given: dict[str, Any] = {"stream": True, "exclude_input": True, "return_perf_metrics": True}
+    lists: dict[str, list[Sequence[int]]] = {}
     ends, rest = [-1], dict(sampling)
     if not rest.pop("ignore_eos", False):
         ends = list(rest.pop("eos_token_ids", ())) or ends
@@ -101,17 +102,17 @@ def _tensors(prompt: Sequence[int], sampling: dict[str, Any]) -> dict[str, NDArr
         row = SETS.get(name)
         if row is None or (tensor := row.of(BACKEND)) is None:
             raise ValueError(f"{name}: {ENGINE} has no such input.")
-        if tensor.dims == (2, -1):
-            arrays[tensor.name] = sequences_array(value)[None]
+        if tensor.dims == WORD_LIST:
+            lists[tensor.name] = list(value)
         else:
             given[row.option] = value
     for option, value in given.items():
         tensor = BY_OPTION[option].of(BACKEND)
         assert tensor is not None
         arrays[tensor.name] = np.asarray([[value]], NUMPY[tensor.dtype])
-    if ends[1:]:  # there is room for one end token; a further one is a stop word of one token
-        arrays["stop_words_list"] = sequences_array([[token] for token in ends[1:]])[None]
-    return arrays
+    # There is room for one end token. A further one is a stop word of one token.
+    lists.setdefault("stop_words_list", []).extend([token] for token in ends[1:])
+    return arrays | {name: sequences_array(sequences)[None] for name, sequences in lists.items() if sequences}
 
 
 def _tokens(found: dict[str, NDArray[Any]]) -> Iterator[tuple[Header, Arrays]]:

@@ -20,10 +20,10 @@ import triton_python_backend_utils as pb_utils
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # what was copied beside this file, before anything that is installed
 
-from triton_repo.interface import PYTORCH  # noqa: E402
+from triton_repo.interface import PYTORCH
 from triton_repo.interface import inputs as rows_of
-from triton_repo.serving_inputs import InputError, check_range, scalar, text_of, words_of  # noqa: E402
-from triton_repo.templates.shared.python_backend import (  # noqa: E402
+from triton_repo.serving_inputs import InputError, check_range, scalar, text_of, words_of
+from triton_repo.templates.shared.python_backend import (
     FINAL,
     Sender,
     Watcher,

@@ -1,4 +1,8 @@
-"""Rows of a key-value cache that many sequences share: who has which, and how long each is. Host bookkeeping only."""
+"""Slots of a key-value cache that many sequences share: who has which, and how long each is. Host bookkeeping only.
+
+A slot is a number that a sequence keeps from `open` to `close`. Its row is the index in the cache's buffers at which its keys
+and values lie now. A row can change when another slot is closed: the rows in use stay neighbours.
+"""
 
 from __future__ import annotations
 
@@ -16,27 +20,28 @@ class Block(NamedTuple):
 
     first: int
     size: int
-    places: NDArray[np.int64]
-    """Where in the block the rows asked for stand, in the order asked."""
+    offsets: NDArray[np.int64]
+    """[n]: the row of each slot that was asked for, counted from the block's first."""
     starts: NDArray[np.int64]
     """[size]: the position each row of the block writes to, which is its length before the step."""
 
 
-class Rows:
-    """Hands out rows of a cache of `count` rows and keeps the rows in use one block, so that a step can cover them."""
+class Slots:
+    """Hands out the slots of a cache of `count` rows. The rows in use are kept neighbours, so that one step can cover them."""
 
     def __init__(self, count: int, max_length: int) -> None:
         self.count, self.max_length = count, max_length
         self.lengths = np.zeros(count, dtype=np.int64)
         """Valid positions of each row: a row's length alone says what in it is valid."""
-        self._rows: dict[int, int] = {}  # slot handle -> row of the cache
+        self._rows: dict[int, int] = {}  # slot -> row
         self._next = 0
 
-    def __getitem__(self, slot: int) -> int:
+    def row(self, slot: int) -> int:
+        """The row in which the slot's keys and values lie now."""
         return self._rows[slot]
 
     def open(self) -> int:
-        """Take a free row; returns its slot handle. Raises CapacityError when all are taken."""
+        """Take a free row; returns its slot. Raises CapacityError when all are taken."""
         taken = set(self._rows.values())
         row = next((row for row in range(self.count) if row not in taken), None)
         if row is None:
@@ -54,7 +59,7 @@ class Rows:
         row = self._rows.pop(slot)
         last = max(self._rows.values(), default=-1)
         if last > row and move(last, row, int(self.lengths[last])):
-            mover = next(handle for handle, at in self._rows.items() if at == last)
+            mover = next(other for other, at in self._rows.items() if at == last)
             self._rows[mover], self.lengths[row] = row, self.lengths[last]
             row = last
         self.lengths[row] = 0
