@@ -1,2 +1,1 @@
-"""From a checkpoint to a runtime's graph: one statement of the network (`network`), one lowering per runtime (`lowerings`,
-`trtllm`)."""
+"""From a checkpoint to a runtime's graph: one `network`, one lowering for each runtime (`lowerings`, `trtllm`)."""

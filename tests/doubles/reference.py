@@ -28,6 +28,7 @@ def activation(name, u):
         return u / (1 + np.exp(-u))
     if name == "gelu":
         return u * 0.5 * (1 + np.vectorize(math.erf)(u / math.sqrt(2)))
+    assert name == "gelu_tanh", name
     return 0.5 * u * (1 + np.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
 
 

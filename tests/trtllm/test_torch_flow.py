@@ -132,6 +132,9 @@ def test_lazy_slices_are_read_and_wrong_tensors_or_those_without_a_place_refused
         with pytest.raises(ShapeError, match="sz.weight"):
             model.load_weights(weights | {"sz.weight": torch.zeros(3, 1)})
         del module.PLACES["mlp.lr"]
+        model.model.layers[0].mlp.kind = "mish"
+        with pytest.raises(UnsupportedError, match="activation in .*PyTorch flow.*found mish"):
+            model.model.layers[0].mlp(torch.zeros(1, 64))
         with pytest.raises(UnsupportedError, match=r"the tensor mlp\.lr in TensorRT-LLM's PyTorch flow"):
             model.load_weights(weights)
 
