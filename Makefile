@@ -23,7 +23,8 @@ demo: env
 test: env
 	$(BIN)/python -m pytest -q
 
-# The inner loop: everything but the tests marked `slow` (tests/conftest.py says which those are), on every core.
+# The inner loop: everything but the tests marked `slow` (tests/conftest.py says which those are), a process a core and a thread each.
+test-fast: export OMP_NUM_THREADS = 1
 test-fast: env
 	$(BIN)/python -m pytest -q -m "not slow" -n auto --dist worksteal
 
