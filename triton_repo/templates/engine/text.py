@@ -88,6 +88,11 @@ class TritonPythonModel:
         text = text_of(inputs, "text_input")
         options = parse_options(inputs, TEXT, self.vocab_size, self.link.ENGINE)
         stop_words, bad_words = words_of(inputs, "stop_words"), words_of(inputs, "bad_words")
+        if len(text) > self.tokenizer.most_chars(self.max_length):
+            raise InputError(
+                f"text_input: the prompt is too long: {len(text)} characters cannot be fewer than {self.max_length} tokens. "
+                "Shorten it."
+            )
         prompt = self.tokenizer.encode(text)
         if not prompt:
             raise InputError("text_input: expected text of at least one token, found none.")
@@ -99,7 +104,8 @@ class TritonPythonModel:
             forms = [form for word in bad_words for form in (word, " " + word)]
             sampling["bad_sequences"] = [self.tokenizer.encode(form, add_special_tokens=False) for form in forms]
         exclude = options.wants("exclude_input", self.exclude_input) or options.wants("stream")
-        stream = TextStream(self.tokenizer, tuple(stop_words))
+        least = sampling.get("min_new_tokens", 0)
+        stream = TextStream(self.tokenizer, tuple(stop_words), min_tokens=least, context=prompt)
         return Work(sender, options, prompt, sampling, stream, "" if exclude else text)
 
     def _run(self, work: Work) -> None:
