@@ -30,7 +30,6 @@ myst_links_external_new_tab = False
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the signature and the text have them
-autodoc_default_options = {"show-inheritance": False}
 autodoc_inherit_docstrings = False
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False

@@ -17,6 +17,7 @@ ALL_CASES = (*HF_CASES, "research-checkpoint", "research-train-py")
 
 
 SLOW_FILES = (
+    "tests/engines/test_outside_runtime.py",
     "tests/export/plugins/test_numerics.py",  # compiles the kernels for the CPU first
     # A real server, processes that are stopped by signals, and deadlines: minutes, and other tests beside them disturb them.
     "tests/test_signals.py",
@@ -33,8 +34,13 @@ SLOW = {
         "test_every_compute_capability_the_library_offers",
         "test_the_portable_onnx_graph_goes_through_tensorrts_parser",
         "test_narrow_weights_stay_narrow_in_the_plan",
+        "test_every_precision_of_a_target_builds",
     ),
     "tests/engines/test_memory.py": ("test_it_is_about_the_size_of_a_graph_and_of_a_plan",),
+    "tests/engines/test_other_tools.py": (
+        "test_heads_of_any_size_make_a_verified_engine_that_runs_here_and_in_onnxruntime_genai",
+    ),
+    "tests/engines/test_record.py": ("test_a_further_format_of_weights_is_one_entry",),
     "tests/engines/test_tensorrt_whole.py": (
         "test_golden_tokens_from_a_built_engine",
         "test_verify_passes_a_right_engine_in_every_precision",
@@ -54,7 +60,9 @@ SLOW = {
         "test_flex_attention_agrees_with_eager",
         "test_trust_remote_code_loads_and_generates_without_this_package",
     ),
+    "tests/ngpt/test_folders.py": ("test_what_is_read_can_be_loaded_converted_and_compared",),
     "tests/ngpt/test_off_sphere.py": (
+        "test_a_small_deviation_is_built_as_it_is_and_the_worst_tensor_is_named",
         "test_a_large_deviation_is_built_on_demand_and_agrees_with_what_was_built",
         "test_zero_embeddings_as_vocabularies_are_padded_with_are_built_on_demand",
     ),
@@ -65,8 +73,14 @@ SLOW = {
         "test_a_broken_engine_fails_by_its_logits_alone",
         "test_a_faithful_engine_with_a_cache_passes_64_decode_steps",
         "test_the_check_fits_itself_to_the_context",
+        "test_an_engine_with_fewer_bits_than_it_claims_fails",
+        "test_small_and_rare_faults_fail",
     ),
-    "tests/test_commands.py": ("test_a_limit_of_file_sizes_is_named_and_nothing_stays",),
+    "tests/test_cli.py": ("test_build_verifies_every_cpu_target",),
+    "tests/test_commands.py": (
+        "test_a_limit_of_file_sizes_is_named_and_nothing_stays",
+        "test_a_missing_library_of_any_kind_is_one_line_that_says_how_to_install_it",
+    ),
     "tests/test_docs.py": (
         "test_readme_commands_and_python_run",
         "test_the_site_has_every_guide_and_every_public_name",

@@ -112,12 +112,13 @@ def test_what_a_manifest_says_cannot_steer_the_terminal(engine, capsys):
         "tools/numpy",
         "digests/spec",
         "parity/html",
+        "precision/head",
     ):
         alter(engine, path, ESCAPE * 50)
     alter(engine, "flags/compute_capability", [ESCAPE])
     alter(engine, "tools/" + ESCAPE, "1")
     code, out, _ = run(capsys, "inspect", engine)
-    assert code == 0 and len(out.splitlines()) == 9 and len(out) < 4000
+    assert code == 0 and len(out.splitlines()) == 10 and len(out) < 4000
     assert [line for line in out.splitlines() if line.startswith("parity")] == [out.splitlines()[-1]]
     code, out, _ = run(capsys, "inspect", engine, "--json")
     assert code == 0 and json.loads(out)["name"] == ESCAPE * 50

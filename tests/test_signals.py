@@ -25,7 +25,7 @@ from scripts.cli import main
 sys.exit(main(sys.argv[2:]))
 """
 WAITS = {
-    "build": ("engines.build:export_graph", ["--checkpoint", str(GOLDEN / "gqa"), "--output", "{}/out"]),
+    "build": ("engines.backends.onnx:export_graph", ["--checkpoint", str(GOLDEN / "gqa"), "--output", "{}/out"]),
     "convert": ("ngpt.checkpoint.save:_write", ["--checkpoint", str(GOLDEN / "gqa"), "--output", "{}/out"]),
     "package": ("triton_repo.package:_copy_engine", ["{engine}", "--output", "{}/out"]),
     "generate": ("engines.runtime.engine:_pieces", ["x", "--engine", "{engine}"]),

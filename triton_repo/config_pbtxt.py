@@ -168,7 +168,7 @@ def ensemble(settings: Settings) -> str:
         option: made[option] if option in made else ours[option][1].name for option in theirs if option in made or option in ours
     }
     given = {tensor.name for _, tensor in outputs(TEXT)}
-    hidden = {_output.name: f"_{place.name}" for _output, place in zip(_tokens_made(), _POSTPROCESSING, strict=True)}
+    hidden = {tensor.name: f"_{place.name}" for tensor, place in zip(_tokens_made(), _POSTPROCESSING, strict=True)}
     steps = [
         _step(
             "preprocessing",
@@ -209,7 +209,7 @@ def _python(
 
 
 def _head(name: str, backend: str, batch: int, takes: Iterable[str], gives: Iterable[str], *, decoupled: bool) -> list[str]:
-    lines = [f"name: {json.dumps(name)}", backend, f"max_batch_size: {batch}", *([DECOUPLED] if decoupled else [])]
+    lines = [f"name: {_quoted(name)}", backend, f"max_batch_size: {batch}", *([DECOUPLED] if decoupled else [])]
     for section, tensors in (("input", takes), ("output", gives)):
         lines += [f"{section} [", ",\n".join(f"  {tensor}" for tensor in tensors), "]"]
     return lines
@@ -231,7 +231,7 @@ def _outputs(interface: str) -> list[str]:
 
 def _tensor(tensor: Tensor, *, optional: bool = False, more: str = "") -> str:
     parts = [
-        f"name: {json.dumps(tensor.name)}",
+        f"name: {_quoted(tensor.name)}",
         f"data_type: TYPE_{tensor.dtype}",
         f"dims: [ {', '.join(map(str, tensor.dims))} ]",
     ]
@@ -241,7 +241,7 @@ def _tensor(tensor: Tensor, *, optional: bool = False, more: str = "") -> str:
 
 def _parameters(values: Mapping[str, object]) -> list[str]:
     return [
-        f"parameters: {{ key: {json.dumps(key)}, value: {{ string_value: {json.dumps(str(value))} }} }}"
+        f"parameters: {{ key: {_quoted(key)}, value: {{ string_value: {_quoted(str(value))} }} }}"
         for key, value in values.items()
     ]
 
@@ -257,6 +257,11 @@ def _step(model: str, takes: Mapping[str, str], gives: Mapping[str, str]) -> str
         for key, value in table.items()
     ]
     return "\n".join(["    {", f'      model_name: "{model}"', "      model_version: -1", *maps, "    }"])
+
+
+def _quoted(text: str) -> str:
+    """As the text format of protobuf, which reads JSON's escapes, quotes it."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _bool(value: bool) -> str:

@@ -109,3 +109,22 @@ def test_the_command_prints_a_table_and_json(capsys):
 def test_the_guides_tables_are_what_the_arithmetic_gives():
     text = DOCUMENT.read_text(encoding="utf-8")
     assert text.split(BEGIN)[1].split(END)[0] == tables(), "run: python scripts/sizing_tables.py --write"
+
+
+def test_a_plan_for_several_gpus_says_what_it_takes_where_the_runtime_uses_one():
+    large = NGPTSpec.from_config(LARGE)
+    several = plan_capacity(large, H100, 16, 8192)
+    assert several.ranks > 1 and "an engine of tensorrt uses one GPU: build for a TensorRT-LLM target" in several.table()
+    assert "uses one GPU" not in plan_capacity(large, load_target("h100-trtllm"), 16, 8192).table()
+    assert "uses one GPU" not in plan_capacity(SPEC_8B, H100, 1, 8192).table()
+
+
+def test_stages_of_a_pipeline_hold_their_layers_and_work_one_after_another(capsys):
+    assert main(["plan", "--target", "h100-trtllm", "--tp", "2", "--pp", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    single = plan_capacity(SPEC_8B, load_target("h100-trtllm"), 1, 8192, 2)
+    assert (found["tp"], found["pp"], found["ranks"]) == (2, 2, 4)
+    assert 0.45 < found["weights"] / single.memory.weights < 0.55 and found["cache_token"] * 2 == single.memory.cache_token
+    assert found["tokens_per_s_per_sequence_at_most"] == pytest.approx(single.rate, rel=0.1)  # each step goes through both
+    assert main(["plan", "--target", "h100-trtllm", "--tp", "2", "--pp", "2"]) == 0
+    assert "tensor parallel over 2 GPUs, 2 stages" in capsys.readouterr().out

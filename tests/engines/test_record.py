@@ -10,6 +10,7 @@ import pytest
 import engines.record
 from engines import build_engine, load_engine
 from engines.build import verify_folder
+from engines.parity import verify
 from engines.record import recorded_precision
 from engines.runtime.errors import EngineFileError
 from engines.runtime.manifest import Manifest, describe_file, read_manifest, verify_files, write_manifest
@@ -135,3 +136,10 @@ def test_a_further_format_of_weights_is_one_entry(code, block, tmp_path, monkeyp
     manifest = read_manifest(build_engine(GOLDEN / "gqa", target, tmp_path / "engine"))
     assert manifest.parity["verdict"] == "pass" and recorded_precision(manifest) == further
     assert manifest.parity["quantization"] == f"{code}, blocks of {block}"
+
+
+def test_verify_knows_an_engines_formats_from_its_manifest():
+    """Given as a folder, without a word about its precision."""
+    report = verify(OLD, GOLDEN / "gqa", decode_steps=2)
+    assert report.verdict == "pass" and report.summary["quantization"] == "int8, blocks of 32"
+    assert "int8 activations" in report.summary["noise"]

@@ -6,9 +6,9 @@ import pytest
 
 from engines.parity.compare import angle, distance
 from engines.parity.outputs import Outputs
-from engines.parity.quantized import Quantization, WeightAudit, audit_weight, quantization_of, round_to_int8
+from engines.parity.quantized import Quantization, WeightAudit, audit_weight, quantization_of, quantize_activations, round_to_int8
 from engines.parity.svg import Chart, Line
-from export.precision import TENSORRT
+from export.precision import ONNX_RUNTIME, TENSORRT, Format
 
 
 @pytest.mark.parametrize("theta", [1e-12, 1e-7, 0.3, 2.0, np.pi])
@@ -92,3 +92,20 @@ def test_the_audit_knows_float8s_step():
     audit_weight(coarse, "w", before, (before / unit).astype(ml_dtypes.float8_e5m2).astype(np.float32) * unit, quantization)
     assert 0.4 < right.worst_step <= 0.51 and 0.25 < right.worst_rms < 0.31  # a little beyond half: the scale itself is float16
     assert 0.5 < coarse.worst_rms < 0.62
+
+
+def test_activations_are_rounded_in_blocks_of_their_own():
+    """Not in those of the weights: the two may differ."""
+    import dataclasses
+
+    import torch
+
+    precision = dataclasses.replace(ONNX_RUNTIME["int8"], activations=Format("int8", 16))
+    quantization = quantization_of(precision)
+    assert (quantization.block_size, quantization.activation_block) == (32, 16)
+    model = torch.nn.ModuleDict({"lm_head": torch.nn.Linear(32, 32, bias=False)})
+    model["lm_head"].weight.data = torch.eye(32)
+    quantize_activations(model, quantization)
+    x = torch.cat([torch.linspace(-1, 1, 16), torch.linspace(-0.01, 0.01, 16)])[None]
+    assert torch.equal(model["lm_head"](x), round_to_int8(x, 16)) and not torch.equal(round_to_int8(x, 16), round_to_int8(x, 32))
+    assert quantization_of(ONNX_RUNTIME["fp32"]) is None and quantization_of(TENSORRT["int8"]).activation_block is None

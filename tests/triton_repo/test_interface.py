@@ -277,3 +277,9 @@ def test_the_guides_table_is_what_the_rows_say():
 def test_no_configuration_is_written_by_hand():
     assert not list((ROOT / "triton_repo").rglob("*.pbtxt"))
     assert json.loads(json.dumps(dataclasses.asdict(SETTINGS)))["link"] == "engine"
+
+
+@pytest.mark.parametrize("path", ["/моде ли", '/a"b', "/a\\b", "/${x}", "/日本"])
+def test_a_path_reaches_the_backend_as_it_is(path):
+    config = parsed(config_pbtxt.backend_model(dataclasses.replace(SETTINGS, engine_path=path)))
+    assert config.parameters["gpt_model_path"].string_value == path

@@ -70,7 +70,8 @@ def described(tensors, *, optional: bool = True):
 
 def test_ensemble_has_the_interface_of_known_clients(repository):
     config = config_of(repository, "ensemble")
-    assert described(config.input) == TEXT_INPUTS
+    found = described(config.input)
+    assert {name: found.get(name) for name in TEXT_INPUTS} == TEXT_INPUTS
     assert described(config.output, optional=False) == {"text_output": ("STRING", [-1]), **EXTRA_OUTPUTS}
     assert config.model_transaction_policy.decoupled
 

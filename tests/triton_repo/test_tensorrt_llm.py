@@ -22,10 +22,11 @@ from engines.runtime.manifest import describe_file, read_manifest, write_manifes
 from ngpt.errors import PackagingError
 from tests.conftest import ROOT, TINY
 from tests.triton_repo.conftest import PROMPT, SLOTS, Served
-from tests.triton_repo.test_package import TEXT_INPUTS, config_of, described
+from tests.triton_repo.test_package import config_of, described
 from tests.triton_repo.test_probe import probe
 from tests.triton_repo.test_serving import PROMPTS, text_request
 from triton_repo.client import RequestRefused, generate_text, responses, stream_text
+from triton_repo.interface import TENSORRT_LLM, TEXT, honoured, options
 from triton_repo.llmapi import package_checkpoint
 from triton_repo.package import package_engine
 from triton_repo.server import TritonServer
@@ -33,6 +34,8 @@ from triton_repo.server import TritonServer
 BATCH = 16
 BLS = "tensorrt_llm_bls"
 TEXT_MODELS = ("ensemble", BLS)
+UNKNOWN = {"min_length", *(row.option for row in options(TEXT).values() if not honoured(row, TENSORRT_LLM))}
+"""Inputs of our own models that TensorRT-LLM's backend does not have."""
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +98,7 @@ def test_the_engine_goes_to_tensorrt_llms_backend(trtllm_repository):
 def test_its_tensors_are_those_of_our_tokens_model(trtllm_repository, repository):
     """Only those that the backend does not know are missing; scalars lose their second dimension on the way in."""
     theirs, ours = config_of(trtllm_repository, "tensorrt_llm"), config_of(repository, "tensorrt_llm")
-    assert described(theirs.input) == {k: v for k, v in described(ours.input).items() if k not in ("min_length", "min_p")}
+    assert described(theirs.input) == {k: v for k, v in described(ours.input).items() if k not in UNKNOWN}
     assert described(theirs.output, optional=False) == described(ours.output, optional=False)
     for tensor in theirs.input:
         scalar = list(tensor.dims) == [1]
@@ -109,7 +112,7 @@ def test_the_other_models_are_those_that_onnx_engines_get(trtllm_repository, rep
     for model in ("preprocessing", "postprocessing"):
         assert config_of(trtllm_repository, model) == config_of(repository, model)
     config = config_of(trtllm_repository, BLS)
-    assert config.name == BLS and described(config.input) == TEXT_INPUTS
+    assert config.name == BLS and described(config.input) == described(config_of(repository, "ensemble").input)
     assert parameters(config)["in_turn"] == "true" and config.instance_group[0].count == SLOTS
     ours = config_of(repository, "ensemble")
     assert parameters(ours)["in_turn"] == "false" and ours.instance_group[0].count == 1
@@ -131,7 +134,7 @@ def test_the_other_models_are_those_that_onnx_engines_get(trtllm_repository, rep
 def test_the_ensemble_joins_tensors_of_equal_kinds(trtllm_repository, repository):
     config, ours = config_of(trtllm_repository, "ensemble"), config_of(repository, "ensemble")
     assert config.platform == "ensemble" and not config.backend
-    assert described(config.input) == {k: v for k, v in described(ours.input).items() if k not in ("min_length", "min_p")}
+    assert described(config.input) == {k: v for k, v in described(ours.input).items() if k not in UNKNOWN}
     assert described(config.output, optional=False) == described(ours.output, optional=False)
     kinds = {name: kind[0] for name, kind in described(config.input).items()}
     for step in config.ensemble_scheduling.step:
