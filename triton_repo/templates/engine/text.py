@@ -117,10 +117,12 @@ class TritonPythonModel:
             for header, arrays in link:
                 if self.in_turn and work.sender.is_cancelled():
                     link.cancel()
+                if work.stream.stopped and ("token" in header or "error" in header):
+                    continue  # came before the engine noticed that the text has ended: the answer is whole
                 if "error" in header:
                     raise EngineError(header)
-                if work.stream.stopped and "token" in header:
-                    continue  # came before the engine noticed that the text has ended
+                if header.get("end") == "cancelled" and not link.given_up:
+                    raise EngineError(STOPPED)
                 work.take(header, arrays)
                 if work.stream.stopped:
                     link.cancel()
@@ -139,11 +141,15 @@ class TritonPythonModel:
             work.sender.send(last, flags=FINAL)
 
 
+STOPPED: Header = {"error": "the engine was stopped before the answer was complete", "kind": "ClosedError"}
+
+
 class EngineError(Exception):
     """What the engine refused or failed, as the status a client should see."""
 
     def __init__(self, header: Header) -> None:
-        codes = {"RequestError": pb_utils.TritonError.INVALID_ARG, "CapacityError": pb_utils.TritonError.UNAVAILABLE}
+        codes = {"RequestError": pb_utils.TritonError.INVALID_ARG}
+        codes |= dict.fromkeys(("CapacityError", "ClosedError"), pb_utils.TritonError.UNAVAILABLE)
         code = codes.get(header["kind"], pb_utils.TritonError.INTERNAL)
         self.triton = pb_utils.TritonError(header["error"], code)
 
