@@ -223,7 +223,7 @@ class Engine:
         """
         tokens = self.tokenizer.encode(prompt)
         params = self.params(max_new_tokens, ignore_eos, **sampling)
-        stream = TextStream(self.tokenizer, stop, min_tokens=params.min_new_tokens)
+        stream = TextStream(self.tokenizer, stop, min_tokens=params.min_new_tokens, context=tokens)
         return _pieces(self._submit(tokens, params), stream)
 
     def generate_text(

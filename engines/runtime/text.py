@@ -15,6 +15,7 @@ TOKENIZER_NAME = "tokenizer.json"
 MAX_TOKENIZER_BYTES = 256 << 20
 MAX_TEXT_CHARS = 8 << 20
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_CONTEXT = 8  # tokens of a prompt with which the first new ones are decoded: more than a word has
 _UNFINISHED = "\ufffd"  # what a decoder shows for bytes that are not (yet) a character
 
 
@@ -30,6 +31,7 @@ class Tokenizer:
         self._byte_runs = raw.decoder is not None and b"ByteFallback" in bytes(raw.decoder.__getstate__())
 
         self._special = {at for at, token in raw.get_added_tokens_decoder().items() if token.special}
+        self._longest = 0
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -84,6 +86,17 @@ class Tokenizer:
             return True
         return 0 <= token < 1 << 32 and self.raw.id_to_token(token) is None
 
+    def special_token(self, text: str) -> int | None:
+        """The id of the special token that is spelled so, or None."""
+        token = self.raw.token_to_id(text)
+        return token if token in self._special else None
+
+    def most_chars(self, tokens: int) -> int:
+        """More characters than this cannot be so few tokens: what is longer need not be tokenised to be refused."""
+        if not self._longest:
+            self._longest = max(map(len, self.raw.get_vocab(with_added_tokens=True)), default=1)
+        return tokens * self._longest
+
     def may_change(self, token: int) -> bool:
         """Whether the text of this token can still be changed by the tokens after it."""
         if not self._byte_runs:
@@ -129,8 +142,9 @@ class TextStream:
     """Tokens in, text out: all that push() and flush() return together is decode(all tokens).
 
     No piece ends inside a character, and a leading space that a decoder drops only at the start is kept
-    elsewhere, for each token is decoded with the ones before it. With `stop`, the text ends before the first stop
-    string and `stopped` becomes true; the text of the first `min_tokens` tokens is not searched.
+    elsewhere, for each token is decoded with the ones before it, those of the prompt (`context`) included. With `stop`, the
+    text ends before the first stop string and `stopped` becomes true; a stop string that names a special token, which is not
+    in the text, ends it where that token comes. The text of the first `min_tokens` tokens is not searched.
     """
 
     def __init__(
@@ -140,15 +154,25 @@ class TextStream:
         *,
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
+        context: Sequence[int] = (),
     ) -> None:
         self._tokenizer = tokenizer
         self._stops = StopStrings(stop)
+        named = {tokenizer.special_token(text): text for text in stop} if skip_special_tokens else {}
+        self._stop_tokens = {token: text for token, text in named.items() if token is not None}
         self._skip = skip_special_tokens
         self._unsearched = min_tokens
         # A short window is decoded at each push: tokens whose text is out already, then those still to be told.
         self._window: list[int] = []
         self._settled = 0
         self._given = 0  # characters of the window's text that are out
+        for token in context[-_CONTEXT:]:
+            if not tokenizer.is_silent(token, skip_special_tokens=skip_special_tokens):
+                self._window.append(token)
+        if self._window:
+            self._settled = len(self._window)
+            text = tokenizer.decode(self._window, skip_special_tokens=skip_special_tokens)
+            self._given = len(text) - text.endswith(_UNFINISHED)
 
     @property
     def stopped(self) -> bool:
@@ -162,6 +186,10 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Add a token; returns the text that became certain with it (often one word, sometimes nothing)."""
+        if token in self._stop_tokens and self._unsearched <= 0:
+            rest = self.flush()  # what was held back came before it
+            self._stops.matched = self._stop_tokens[token]
+            return rest
         if self._tokenizer.is_silent(token, skip_special_tokens=self._skip):
             return self._search("")  # left out of the window too: bytes before and after it may make one character
         self._window.append(token)

@@ -233,3 +233,51 @@ def test_a_huge_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engines.runtime.text.MAX_TEXT_CHARS", 10)
     with pytest.raises(RequestError, match="at most 10 characters, found 11"):
         BYTES.encode("x" * 11)
+
+
+def test_a_space_before_the_first_new_word_is_kept_where_the_prompt_is_known() -> None:
+    """Decoders of this kind drop a space at the start of a text, and the answer is not the start."""
+    prompt = PIECES.encode("ab", add_special_tokens=False)
+    new = PIECES.encode("ab ba", add_special_tokens=False)[len(prompt) :]
+    text = "".join(pieces_of(PIECES, new, context=prompt))
+    assert text == PIECES.decode([*prompt, *new])[len(PIECES.decode(prompt)) :] and text.startswith(" ")
+    assert not "".join(pieces_of(PIECES, new)).startswith(" ")
+    stream = TextStream(PIECES, stop=[" b"], context=prompt)
+    assert "".join(stream.push(token) for token in new) == "" and stream.stopped
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@thoroughly
+@given(before=texts, after=texts)
+def test_text_after_a_prompt_is_what_the_two_decode_to_together(kind: str, before: str, after: str) -> None:
+    tokenizer = KINDS[kind]
+    prompt, new = (tokenizer.encode(text, add_special_tokens=False) for text in (before, after))
+    recent = [token for token in prompt[-8:] if not tokenizer.is_silent(token)]
+    whole, known = tokenizer.decode([*recent, *new]), tokenizer.decode(recent)
+    assert "".join(pieces_of(tokenizer, new, context=prompt)) == whole[len(known) - known.endswith("\ufffd") :]
+
+
+def test_a_stop_string_that_names_a_special_token_ends_the_text_there() -> None:
+    special = next(text for text in ("<|end|>", "</s>", "<s>") if PIECES.special_token(text) is not None)
+    tokens = [*PIECES.encode("ab ba", add_special_tokens=False), PIECES.special_token(special), *PIECES.encode("ab")]
+    stream = TextStream(PIECES, stop=[special, "zz"])
+    assert "".join(stream.push(token) for token in tokens[: tokens.index(PIECES.special_token(special)) + 1]) == "ab ba"
+    assert stream.stopped and stream.stop_string == special
+    later = TextStream(PIECES, stop=[special], min_tokens=len(tokens))
+    assert "".join(later.push(token) for token in tokens) and not later.stopped
+    shown = TextStream(PIECES, stop=[special], skip_special_tokens=False)  # then it is in the text, and found there
+    assert special not in "".join(shown.push(token) for token in tokens) and shown.stopped
+    assert PIECES.special_token("ab") is None and PIECES.special_token("nothing of the kind") is None
+
+
+def test_what_was_held_back_for_another_stop_string_comes_before_a_special_token() -> None:
+    stream = TextStream(PIECES, stop=["</s>", "baa"])
+    parts = [stream.push(token) for token in PIECES.encode("ab ba", add_special_tokens=False)]
+    assert "".join([*parts, stream.push(PIECES.special_token("</s>"))]) == "ab ba" and stream.stop_string == "</s>"
+
+
+def test_the_most_characters_of_so_many_tokens() -> None:
+    longest = max(map(len, BYTES.raw.get_vocab()))
+    assert BYTES.most_chars(3) == 3 * longest
+    for text in TEXTS:
+        assert len(text) <= BYTES.most_chars(len(BYTES.encode(text, add_special_tokens=False)))

@@ -26,6 +26,7 @@ from triton_repo.interface import NGPT as ENGINE
 from triton_repo.templates.shared.python_backend import Arrays, Header
 
 __all__ = ["ENGINE", "EngineLink", "EngineServer", "address"]
+CUT: Header = {"error": "the engine ended before the answer did", "kind": "ClosedError"}
 LENGTH = struct.Struct("<II")
 LIMIT = 1 << 30
 
@@ -156,11 +157,13 @@ class EngineLink:
 
     def __init__(self, name: str, prompt: Sequence[int], sampling: dict[str, Any], patience: float = 20.0) -> None:
         """Raises ConnectionError when the tokens model does not answer within ``patience`` seconds."""
+        self.given_up = False
         self._connection = _connect(name, patience)
         send(self._connection, {"prompt": prompt, "sampling": sampling})
 
     def cancel(self) -> None:
         """Give the request up: its slot is free at the engine's next step. May be called from any thread, and again."""
+        self.given_up = True
         with contextlib.suppress(OSError):
             # Only our side: what the engine says at the end still arrives.
             self._connection.shutdown(socket.SHUT_WR)
@@ -171,6 +174,8 @@ class EngineLink:
                 yield message
                 if "token" not in message[0]:
                     return
+        # Every answer has an end, a cancelled one too: this one was cut by the end of the model that holds the engine.
+        yield CUT, []
 
 
 def _connect(name: str, patience: float) -> socket.socket:

@@ -88,6 +88,11 @@ class TritonPythonModel:
         text = text_of(inputs, "text_input")
         options = parse_options(inputs, TEXT, self.vocab_size, self.link.ENGINE)
         stop_words, bad_words = words_of(inputs, "stop_words"), words_of(inputs, "bad_words")
+        if len(text) > self.tokenizer.most_chars(self.max_length):
+            raise InputError(
+                f"text_input: the prompt is too long: {len(text)} characters cannot be fewer than {self.max_length} tokens. "
+                "Shorten it."
+            )
         prompt = self.tokenizer.encode(text)
         if not prompt:
             raise InputError("text_input: expected text of at least one token, found none.")
@@ -99,7 +104,8 @@ class TritonPythonModel:
             forms = [form for word in bad_words for form in (word, " " + word)]
             sampling["bad_sequences"] = [self.tokenizer.encode(form, add_special_tokens=False) for form in forms]
         exclude = options.wants("exclude_input", self.exclude_input) or options.wants("stream")
-        stream = TextStream(self.tokenizer, tuple(stop_words))
+        least = sampling.get("min_new_tokens", 0)
+        stream = TextStream(self.tokenizer, tuple(stop_words), min_tokens=least, context=prompt)
         return Work(sender, options, prompt, sampling, stream, "" if exclude else text)
 
     def _run(self, work: Work) -> None:
@@ -111,10 +117,12 @@ class TritonPythonModel:
             for header, arrays in link:
                 if self.in_turn and work.sender.is_cancelled():
                     link.cancel()
+                if work.stream.stopped and ("token" in header or "error" in header):
+                    continue  # came before the engine noticed that the text has ended: the answer is whole
                 if "error" in header:
                     raise EngineError(header)
-                if work.stream.stopped and "token" in header:
-                    continue  # came before the engine noticed that the text has ended
+                if header.get("end") == "cancelled" and not link.given_up:
+                    raise EngineError(STOPPED)
                 work.take(header, arrays)
                 if work.stream.stopped:
                     link.cancel()
@@ -133,11 +141,15 @@ class TritonPythonModel:
             work.sender.send(last, flags=FINAL)
 
 
+STOPPED: Header = {"error": "the engine was stopped before the answer was complete", "kind": "ClosedError"}
+
+
 class EngineError(Exception):
     """What the engine refused or failed, as the status a client should see."""
 
     def __init__(self, header: Header) -> None:
-        codes = {"RequestError": pb_utils.TritonError.INVALID_ARG, "CapacityError": pb_utils.TritonError.UNAVAILABLE}
+        codes = {"RequestError": pb_utils.TritonError.INVALID_ARG}
+        codes |= dict.fromkeys(("CapacityError", "ClosedError"), pb_utils.TritonError.UNAVAILABLE)
         code = codes.get(header["kind"], pb_utils.TritonError.INTERNAL)
         self.triton = pb_utils.TritonError(header["error"], code)
 

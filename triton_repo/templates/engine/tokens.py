@@ -69,7 +69,7 @@ class TritonPythonModel:
         self.exclude_input = parameter(config, "exclude_input_in_output", "false") == "true"
         self.vocab_size = self.engine.manifest.model.vocab_size
         self.max_length = self.engine.manifest.model.max_length
-        self.handles: dict[str, list[RequestHandle]] = {}
+        self.answers: dict[str, list[Answer]] = {}
         self.lock = threading.Lock()
         self.metrics = Metrics(args["model_name"], METRICS)
         self.link = EngineServer(address(HERE.parent), self._submit, self.metrics.first_token)
@@ -104,11 +104,11 @@ class TritonPythonModel:
         prompt = prompt_tokens(inputs, self.vocab_size)
         check_room("input_ids", len(prompt), "request_output_len", options.given["max_tokens"], self.max_length)
         handle = self._submit(prompt, options.sampling | word_lists(inputs, self.vocab_size))
+        answer = Answer(sender, options, prompt, options.wants("exclude_input", self.exclude_input), handle)
         with self.lock:
-            self.handles.setdefault(name, []).append(handle)
-        answer = Answer(sender, options, prompt, options.wants("exclude_input", self.exclude_input))
-        key = self.watcher.watch(sender, handle.cancel)
-        threading.Thread(target=self._answer, args=(answer, handle, key, name), daemon=True).start()
+            self.answers.setdefault(name, []).append(answer)
+        key = self.watcher.watch(sender, answer.give_up)
+        threading.Thread(target=self._answer, args=(answer, key, name), daemon=True).start()
 
     def _submit(self, prompt: Sequence[int], sampling: dict[str, Any]) -> RequestHandle:
         """Queue a request; the model's own end tokens hold unless the request names others. Called from any thread."""
@@ -121,26 +121,26 @@ class TritonPythonModel:
         if not name:
             raise InputError("stop: expected the id of the request to stop, found a request without an id.")
         with self.lock:
-            handles = list(self.handles.get(name, ()))
-        for handle in handles:
-            handle.cancel()
+            answers = list(self.answers.get(name, ()))
+        for answer in answers:
+            answer.give_up()
 
-    def _answer(self, answer: Answer, handle: RequestHandle, key: object, name: str) -> None:
+    def _answer(self, answer: Answer, key: object, name: str) -> None:
         try:
-            for event in handle:
+            for event in answer.handle:
                 answer.add(event)
-            failure = None
+            failure = answer.cut()
         except Exception as error:
             failure = failed(error)
         finally:
             with self.lock:
-                rest = [other for other in self.handles.get(name, ()) if other is not handle]
-                self.handles[name] = rest
+                rest = [other for other in self.answers.get(name, ()) if other is not answer]
+                self.answers[name] = rest
                 if not rest:
-                    del self.handles[name]
+                    del self.answers[name]
             self.watcher.forget(key)
-        answer.finish(handle, failure)
-        self.metrics.first_token(handle)
+        answer.finish(failure)
+        self.metrics.first_token(answer.handle)
 
 
 def _tuples(value: Any) -> Any:
@@ -150,8 +150,9 @@ def _tuples(value: Any) -> Any:
 class Answer:
     """Turns token events into responses: one per token when streaming, else one at the end."""
 
-    def __init__(self, sender: Sender, options: Options, prompt: list[int], exclude_input: bool) -> None:
-        self.sender, self.options, self.prompt = sender, options, prompt
+    def __init__(self, sender: Sender, options: Options, prompt: list[int], exclude_input: bool, handle: RequestHandle) -> None:
+        self.sender, self.options, self.prompt, self.handle = sender, options, prompt, handle
+        self.given_up = False
         self.streaming = options.wants("stream")
         # A stream carries new tokens only, whatever the option says.
         self.exclude_input = exclude_input or self.streaming
@@ -174,11 +175,23 @@ class Answer:
         if self.streaming and event.finish_reason is None:
             self.sender.send(self._response())
 
-    def finish(self, handle: RequestHandle, failure: Any) -> None:
+    def give_up(self) -> None:
+        """The client has gone, or has asked for the end: what there is then is all it wants."""
+        self.given_up = True
+        self.handle.cancel()
+
+    def cut(self) -> Any:
+        """The error of an answer that ended though nobody asked for it; None where it is whole."""
+        if self.handle.finish_reason != "cancelled" or self.given_up:
+            return None
+        text = "the engine was stopped before the answer was complete"
+        return pb_utils.TritonError(text, pb_utils.TritonError.UNAVAILABLE)
+
+    def finish(self, failure: Any) -> None:
         if failure is not None:
             self.sender.send(error_response(failure), flags=FINAL)
         else:
-            self.sender.send(self._response(handle), flags=FINAL)
+            self.sender.send(self._response(self.handle), flags=FINAL)
 
     def _response(self, handle: RequestHandle | None = None) -> Any:
         tokens = self.pending if self.exclude_input else self.prompt + self.pending

@@ -44,6 +44,7 @@ class EngineLink:
     def __init__(self, name: str, prompt: Sequence[int], sampling: dict[str, Any]) -> None:
         self._name = name
         self._id = uuid.uuid4().hex  # a stop names the request to stop
+        self.given_up = False
         self._stopped_at: float | None = None
         wanted = [*OUTPUTS, *MOMENTS]
         for option, output in (("logprobs", "output_log_probs"), ("return_context_logits", "context_logits")):
@@ -53,6 +54,7 @@ class EngineLink:
 
     def cancel(self) -> None:
         """Give the request up. May be called again: a stop that overtakes its request is lost, so it is repeated."""
+        self.given_up = True
         now = time.monotonic()
         if self._stopped_at is not None and now < self._stopped_at + AGAIN_SECONDS:
             return
