@@ -1,82 +1,145 @@
-"""An answer that is cut is never reported as whole: the engine's process dies, or the server is told to stop, with requests in flight."""
+"""An answer that was cut is never reported as whole: whoever ends it without having been asked is an error, UNAVAILABLE.
+
+The models run here with a stand-in for Triton's Python module, which keeps what is sent. The real server was tried by hand, with 24 and 32
+requests in flight, its engine's process killed and itself told to stop: no short success in three runs, but minutes until tritonserver 2.51
+had ended, and a fourth run had not ended after five.
+"""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import time
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+import importlib
+import socket
+import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 
-from engines import load_engine
-from ngpt.errors import ServerError
-from tests.triton_repo.conftest import PROMPT
-from triton_repo.client import RequestRefused, generate_text, generate_tokens, stream_text
-from triton_repo.server import TritonServer
+from engines.runtime import TextStream, Tokenizer
+from tests.runtime.making import byte_level
+from triton_repo.serving_inputs import Options
 
-TOKENS, AT_ONCE = 480, 24
+FINAL = 1
 
 
-@pytest.fixture(scope="module")
-def whole(tiny_engine_folder):
-    """The text that every answer must be, unless it is an error."""
-    with load_engine(tiny_engine_folder, threads=1) as engine:
-        return engine.generate_text(PROMPT, TOKENS, ignore_eos=True)
+class TritonError:
+    INVALID_ARG, UNAVAILABLE, INTERNAL = "INVALID_ARG", "UNAVAILABLE", "INTERNAL"
+
+    def __init__(self, message, code="INTERNAL"):
+        self.message, self.code = message, code
 
 
-def ask(url, number):
-    """One request, streamed or not, for text or for tokens; what came, or the error."""
-    options = {"max_tokens": TOKENS, "end_id": -1, "timeout": 60}
-    try:
-        if number % 3 == 0:
-            return "".join(stream_text(url, PROMPT, **options))
-        if number % 3 == 1:
-            return generate_text(url, PROMPT, **options)
-        return len(generate_tokens(url, [1, 5, 9], **options))
-    except ServerError as error:
-        return error
+class Sender:
+    """Keeps responses; `gone` is what a client that has left looks like."""
+
+    def __init__(self):
+        self.sent, self.gone = [], False
+
+    def send(self, response=None, flags=0):
+        self.sent.append((response, flags))
+
+    def is_cancelled(self):
+        return self.gone
 
 
-def process_of(repository, model):
-    """The process of a Python model."""
-    found = subprocess.run(["ps", "-ww", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 1) for line in found.splitlines()[1:]]
-    return next(int(pid) for pid, args in rows if "python_backend_stub" in args and f"{repository.resolve()}/{model}/" in args)
+@pytest.fixture
+def template(monkeypatch):
+    """A module of the templates, by name, over the stand-in."""
+    stand_in = SimpleNamespace(
+        TRITONSERVER_RESPONSE_COMPLETE_FINAL=FINAL,
+        TritonError=TritonError,
+        Tensor=lambda name, array: (name, array),
+        InferenceResponse=lambda output_tensors, error=None: SimpleNamespace(tensors=dict(output_tensors), error=error),
+        Logger=SimpleNamespace(log_error=lambda text: None),
+    )
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", stand_in)
+    for name in [name for name in sys.modules if name.startswith("triton_repo.templates.")]:
+        monkeypatch.delitem(sys.modules, name)
+    return lambda name: importlib.import_module(f"triton_repo.templates.{name}")
 
 
-def generated(server):
-    """Tokens that were generated so far, the probe's one excepted."""
-    with urllib.request.urlopen(f"http://{server.metrics_url}/metrics", timeout=10) as response:
-        lines = response.read().decode().splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith("ngpt_generated_tokens{")) > 1
+class Link:
+    """Yields what it was given, as a link to an engine does."""
+
+    def __init__(self, *messages):
+        self.messages, self.given_up = messages, False
+
+    def cancel(self):
+        self.given_up = True
+
+    def __iter__(self):
+        for message in self.messages:
+            yield message, []
 
 
-def judged(answers, whole):
-    """(whole answers, errors); anything else is a lie."""
-    good = [answer for answer in answers if answer in (whole, TOKENS)]
-    errors = [answer for answer in answers if isinstance(answer, ServerError)]
-    lies = [answer for answer in answers if answer not in good and answer not in errors]
-    assert not lies, f"{len(lies)} of {len(answers)} answers are cut and called whole, such as {str(lies[0])[-60:]!r}"
-    return good, errors
+TOKENIZER = Tokenizer(byte_level())
+WORDS = TOKENIZER.encode("def f(x): end", add_special_tokens=False)
+SAID = [{"token": token, "logprob": None, "last": False} for token in WORDS]
+END = {"end": "length", "times": {}}
 
 
-@pytest.mark.parametrize("how", ["the engine's process is killed", "the server is told to stop"])
-def test_what_is_cut_is_an_error(how, repository, whole, tmp_path):
-    server = TritonServer(repository, log_path=tmp_path / "log.txt", start_timeout=90, stop_timeout=10)
-    with server, ThreadPoolExecutor(AT_ONCE) as pool:
-        asked = [pool.submit(ask, server.grpc_url, number) for number in range(AT_ONCE)]
-        deadline = time.monotonic() + 30
-        while not generated(server) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        if how == "the server is told to stop":
-            os.kill(server.pid, signal.SIGTERM)
-        else:
-            os.kill(process_of(repository, "tensorrt_llm"), signal.SIGKILL)
-        _, errors = judged([answer.result(120) for answer in asked], whole)
-    assert errors, "all of them were answered before the end"
-    for error in errors:
-        if isinstance(error, RequestRefused):
-            assert any(word in str(error) for word in ("engine", "tensorrt_llm", "unloaded", "stub", "model")), str(error)
+def answered(template, *messages, stop=(), gone=False):
+    """What a client of the text model gets for these messages of the engine: the text, or the error."""
+    module, sender = template("engine.text"), Sender()
+    sender.gone = gone
+    model = module.TritonPythonModel()
+    model.link, model.address, model.in_turn = SimpleNamespace(EngineLink=lambda *_: Link(*messages)), "", True
+    work = module.Work(sender, Options({}, {}), [1], {}, TextStream(TOKENIZER, stop), "")
+    model._run(work)
+    (response, flags), *more = sender.sent
+    assert flags == FINAL and not more
+    return response.error or response.tensors["text_output"].item().decode()
+
+
+def test_a_whole_answer_is_a_whole_answer(template):
+    assert answered(template, *SAID, END) == "def f(x): end"
+
+
+@pytest.mark.parametrize("kept", [0, 1, len(SAID)])
+def test_an_engine_that_stops_by_itself_is_an_error_for_text(template, kept):
+    cut = answered(template, *SAID[:kept], {"end": "cancelled", "times": {}})
+    assert cut.code == "UNAVAILABLE" and "stopped before the answer was complete" in cut.message
+
+
+def test_an_engine_that_ends_is_an_error_for_text(template):
+    cut = answered(template, *SAID[:2], template("engine.link").CUT)
+    assert cut.code == "UNAVAILABLE" and "ended before the answer" in cut.message
+
+
+def test_what_the_client_or_a_stop_word_ended_is_no_error(template):
+    assert answered(template, *SAID[:2], {"end": "cancelled", "times": {}}, gone=True).startswith("def")
+    for after in ({"end": "cancelled", "times": {}}, template("engine.link").CUT):  # the engine may end once the text has
+        assert answered(template, *SAID, after, stop=["end"]) == "def f(x): "
+
+
+def test_a_connection_that_closes_without_an_end_says_so(template):
+    link, name = template("engine.link"), f"\0ngpt-test-{threading.get_ident()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(name)
+        listener.listen()
+
+        def serve():
+            connection, _ = listener.accept()
+            with connection:
+                assert link.receive(connection)[0]["prompt"] == [1, 2]
+                link.send(connection, SAID[0])
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        found = [header for header, _ in link.EngineLink(name, [1, 2], {})]
+        thread.join()
+    assert [header.get("token") for header in found] == [WORDS[0], None] and found[-1] == link.CUT
+
+
+@pytest.mark.parametrize(
+    ("reason", "asked", "cut"), [("cancelled", False, True), ("cancelled", True, False), ("length", False, False)]
+)
+def test_the_tokens_model_tells_a_cut_answer_from_one_that_was_given_up(template, reason, asked, cut):
+    cancelled = []
+    handle = SimpleNamespace(finish_reason=reason, cancel=lambda: cancelled.append(True))
+    answer = template("engine.tokens").Answer(Sender(), Options({}, {}), [1], True, handle)
+    if asked:
+        answer.give_up()
+    error = answer.cut()
+    assert (error is not None) == cut and bool(cancelled) == asked
+    assert error is None or error.code == "UNAVAILABLE"
