@@ -30,6 +30,7 @@ from triton_repo.serving_inputs import (
 from triton_repo.templates.engine.link import EngineServer, address
 from triton_repo.templates.shared.python_backend import (
     FINAL,
+    InFlight,
     Metrics,
     Sender,
     Watcher,
@@ -69,8 +70,7 @@ class TritonPythonModel:
         self.exclude_input = parameter(config, "exclude_input_in_output", "false") == "true"
         self.vocab_size = self.engine.manifest.model.vocab_size
         self.max_length = self.engine.manifest.model.max_length
-        self.answers: dict[str, list[Answer]] = {}
-        self.lock = threading.Lock()
+        self.answers: InFlight[Answer] = InFlight()
         self.metrics = Metrics(args["model_name"], METRICS)
         self.link = EngineServer(address(HERE.parent), self._submit, self.metrics.first_token)
         self.watcher = Watcher(lambda: self.metrics.update(self.engine.scheduler.stats))
@@ -97,7 +97,8 @@ class TritonPythonModel:
         inputs = inputs_of(request)
         name = request.request_id()
         if scalar(inputs, "stop"):
-            self._stop(name)
+            for answer in self.answers.named(name):
+                answer.give_up()
             sender.send(flags=FINAL)
             return
         options = parse_options(inputs, TOKENS, self.vocab_size)
@@ -105,8 +106,7 @@ class TritonPythonModel:
         check_room("input_ids", len(prompt), "request_output_len", options.given["max_tokens"], self.max_length)
         handle = self._submit(prompt, options.sampling | word_lists(inputs, self.vocab_size))
         answer = Answer(sender, options, prompt, options.wants("exclude_input", self.exclude_input), handle)
-        with self.lock:
-            self.answers.setdefault(name, []).append(answer)
+        self.answers.add(name, answer)
         key = self.watcher.watch(sender, answer.give_up)
         threading.Thread(target=self._answer, args=(answer, key, name), daemon=True).start()
 
@@ -117,14 +117,6 @@ class TritonPythonModel:
         lists = {key: _tuples(value) for key, value in sampling.items()}
         return self.engine.scheduler.submit(prompt, SamplingParams(**lists))
 
-    def _stop(self, name: str) -> None:
-        if not name:
-            raise InputError("stop: expected the id of the request to stop, found a request without an id.")
-        with self.lock:
-            answers = list(self.answers.get(name, ()))
-        for answer in answers:
-            answer.give_up()
-
     def _answer(self, answer: Answer, key: object, name: str) -> None:
         try:
             for event in answer.handle:
@@ -133,11 +125,7 @@ class TritonPythonModel:
         except Exception as error:
             failure = failed(error)
         finally:
-            with self.lock:
-                rest = [other for other in self.answers.get(name, ()) if other is not answer]
-                self.answers[name] = rest
-                if not rest:
-                    del self.answers[name]
+            self.answers.remove(name, answer)
             self.watcher.forget(key)
         answer.finish(failure)
         self.metrics.first_token(answer.handle)

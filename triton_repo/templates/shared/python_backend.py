@@ -6,11 +6,13 @@ import collections
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
+
+from triton_repo.serving_inputs import InputError
 
 if TYPE_CHECKING:  # a repository of TensorRT-LLM's PyTorch runtime has no runtime of ours
     from engines.runtime.request import RequestHandle
@@ -21,6 +23,7 @@ WATCH_SECONDS = 0.01
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
+T = TypeVar("T")
 Header = dict[str, Any]
 """What a link to an engine says of a token, or of the end: JSON values."""
 Arrays = list[NDArray[np.float32]]
@@ -68,6 +71,34 @@ def parameter(config: Mapping[str, Any], name: str, default: str = "") -> str:
     """A string from the parameters of config.pbtxt; empty counts as absent."""
     value: str = config.get("parameters", {}).get(name, {}).get("string_value", "")
     return value or default
+
+
+class InFlight(Generic[T]):
+    """What is being answered, by the id that its client gave the request: a later request may ask for its end."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, list[T]] = {}
+        self._lock = threading.Lock()
+
+    def add(self, name: str, item: T) -> None:
+        """Several may have one id, or none."""
+        with self._lock:
+            self._by_id.setdefault(name, []).append(item)
+
+    def remove(self, name: str, item: T) -> None:
+        """It has been answered."""
+        with self._lock:
+            rest = [other for other in self._by_id.get(name, ()) if other is not item]
+            self._by_id[name] = rest
+            if not rest:
+                del self._by_id[name]
+
+    def named(self, name: str) -> list[T]:
+        """Those that a request to stop means. Raises InputError for one without an id."""
+        if not name:
+            raise InputError("stop: expected the id of the request to stop, found a request without an id.")
+        with self._lock:
+            return list(self._by_id.get(name, ()))
 
 
 class Watcher:

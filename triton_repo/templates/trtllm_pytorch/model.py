@@ -25,6 +25,7 @@ from triton_repo.interface import inputs as rows_of
 from triton_repo.serving_inputs import InputError, check_range, scalar, text_of, words_of
 from triton_repo.templates.shared.python_backend import (
     FINAL,
+    InFlight,
     Sender,
     Watcher,
     bad_request,
@@ -52,8 +53,7 @@ class TritonPythonModel:
 
         self.params = tensorrt_llm.SamplingParams
         self.llm = tensorrt_llm.LLM(**settings | {"model": str(HERE / settings["model"])})
-        self.live: dict[str, list[Any]] = {}
-        self.lock = threading.Lock()
+        self.results: InFlight[Any] = InFlight()
         self.watcher = Watcher()
 
     def finalize(self) -> None:
@@ -73,7 +73,8 @@ class TritonPythonModel:
     def _accept(self, request: Any, sender: Sender) -> None:
         inputs, name = inputs_of(request), request.request_id()
         if scalar(inputs, "stop"):
-            self._stop(name)
+            for running in self.results.named(name):
+                running.abort()
             sender.send(flags=FINAL)
             return
         prompt = text_of(inputs, "text_input")
@@ -90,18 +91,9 @@ class TritonPythonModel:
         if probability:
             given["logprobs"] = 1  # without it nothing is summed up
         result = self.llm.generate_async(prompt, self.params(**given), streaming=streaming)
-        with self.lock:
-            self.live.setdefault(name, []).append(result)
+        self.results.add(name, result)
         key = self.watcher.watch(sender, result.abort)
         threading.Thread(target=self._answer, args=(sender, result, key, name, wanted, probability), daemon=True).start()
-
-    def _stop(self, name: str) -> None:
-        if not name:
-            raise InputError("stop: expected the id of the request to stop, found a request without an id.")
-        with self.lock:
-            results = list(self.live.get(name, ()))
-        for result in results:
-            result.abort()
 
     def _answer(self, sender: Sender, result: Any, key: object, name: str, wanted: Sequence[str], probability: bool) -> None:
         held = failure = None
@@ -113,11 +105,7 @@ class TritonPythonModel:
                 held = _response(output.outputs, wanted, probability)
         except Exception as error:
             failure = failed(error)
-        with self.lock:
-            rest = [other for other in self.live.get(name, ()) if other is not result]
-            self.live[name] = rest
-            if not rest:
-                del self.live[name]
+        self.results.remove(name, result)
         self.watcher.forget(key)
         last = held if failure is None else error_response(failure)
         if last is None:
