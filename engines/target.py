@@ -164,7 +164,7 @@ def _read(name: str, path: Path) -> Target:
     """The target in a file. Raises TargetError without the file's name or a remedy."""
     try:
         if not path.is_file():
-            raise TargetError("not a file that can be read")
+            raise TargetError("not a file that can be read", found="" if os.path.lexists(path) else "no such file")
         with path.open("rb") as file:
             raw = file.read(_MAX_BYTES + 1)
         if len(raw) > _MAX_BYTES:
