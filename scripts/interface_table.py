@@ -12,12 +12,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from triton_repo.interface import INPUTS, TENSORRT_LLM, Input, Tensor, honoured
+from triton_repo.interface import INPUTS, REFUSED, TENSORRT_LLM, Input, Tensor, honoured
 
 DOCUMENT = ROOT / "docs" / "serving.md"
 BEGIN, END = "<!-- begin: scripts/interface_table.py -->\n", "<!-- end -->\n"
-HEAD = """| option | `tensorrt_llm` | `ensemble` | type | values | neutral | TensorRT-LLM's backend | what it asks for |
+HEAD = """| option | tokens name | text name | type | values | neutral | TensorRT-LLM's backend | what it asks for |
 |---|---|---|---|---|---|---|---|
+"""
+FOREIGN = """
+What other servers know by these names is refused by name, unless it asks for nothing. (What is sent over HTTP by a name that is
+nowhere in these tables, Triton drops without a word.)
+
+| input | neutral | instead |
+|---|---|---|
 """
 BETWEEN = """
 The model of TensorRT-LLM's PyTorch runtime has these inputs. Triton refuses any other, by name.
@@ -31,14 +38,16 @@ def table() -> str:
     """A row for each input of this project's own models; then those of the model of TensorRT-LLM's PyTorch runtime."""
     ours = [_line(row) for row in INPUTS if row.tokens is not None or row.text is not None]
     theirs = [_short_line(row, row.pytorch) for row in INPUTS if row.pytorch is not None]
-    return HEAD + "".join(ours) + BETWEEN + "".join(theirs)
+    foreign = [f"| `{row.tensor.name}` | {_said(row.neutral)} | {row.remedy} |\n" for row in REFUSED]
+    return HEAD + "".join(ours) + FOREIGN + "".join(foreign) + BETWEEN + "".join(theirs)
 
 
 def _line(row: Input) -> str:
     taken = row.only or row.range
-    backend = "yes" if honoured(row, TENSORRT_LLM) or row.option == "prompt" else "refused"
+    backend = "yes" if honoured(row, TENSORRT_LLM) else "refused"
     neutral = "" if row.neutral is None else f"{row.neutral}"
-    about = row.about + (f" (older name: `{row.older}`)" if row.older else "") + (" **(required)**" if row.required else "")
+    older = ", ".join(f"`{name}`" for name in row.older)
+    about = row.about + (f" (also: {older})" if older else "")
     cells = [
         f"`{row.option}`",
         _name(row.tokens),
@@ -61,6 +70,10 @@ def _short_line(row: Input, tensor: Tensor) -> str:
         row.about,
     ]
     return "| " + " | ".join(cells) + " |\n"
+
+
+def _said(neutral: object) -> str:
+    return "" if neutral in (None, "") else f"{neutral}"
 
 
 def _name(tensor: Tensor | None) -> str:

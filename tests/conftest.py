@@ -22,6 +22,7 @@ SLOW_FILES = (
     # A real server, processes that are stopped by signals, and deadlines: minutes, and other tests beside them disturb them.
     "tests/test_signals.py",
     "tests/triton_repo/test_command.py",
+    "tests/triton_repo/test_layout.py",
     "tests/triton_repo/test_probe.py",
     "tests/triton_repo/test_server.py",
     "tests/triton_repo/test_serving.py",

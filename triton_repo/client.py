@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import importlib
 import math
 import queue
 import re
 import time
+import uuid
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +24,7 @@ from triton_repo.serving_inputs import InputError, option_array, sequences_array
 
 _TRITON_NAMES = {"int32": "INT32", "float32": "FP32", "uint64": "UINT64", "bool": "BOOL", "object": "BYTES"}
 
-
+_STOP_SECONDS = 1.0
 _URL = re.compile(r"(?P<host>[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]):(?P<port>[0-9]{1,5})")
 _DEAD = ("UNAVAILABLE", "UNIMPLEMENTED", "UNKNOWN", "INTERNAL")  # what gRPC itself says where no Triton server answers
 
@@ -207,34 +209,62 @@ def responses(
     if not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
         raise _refused(f"timeout: expected seconds above 0, found {timeout!r:.40}.")
     grpcclient = _tritonclient()
+    by_tokens = "input_ids" in tensors
+    request_id = request_id or (uuid.uuid4().hex if by_tokens else "")
+    with _stream(grpcclient, url) as (client, answers):
+        # A stream that has broken by now refuses the request in words of its own; why it broke is among the answers.
+        with contextlib.suppress(grpcclient.InferenceServerException):
+            inputs = _infer_inputs(grpcclient, tensors)
+            client.async_stream_infer(model, inputs, request_id=request_id, enable_empty_final_response=True)
+        finished = False
+        try:
+            yield from _until_final(url, model, answers, timeout)
+            finished = True
+        finally:
+            if by_tokens and not finished:
+                _stop(grpcclient, client, model, request_id, answers)
+
+
+def _stop(grpcclient: Any, client: Any, model: str, request_id: str, answers: queue.Queue[tuple[Any, Any]]) -> None:
+    """End a request by its id, and wait a moment for it: a tokens model may be a Triton ensemble, through which a cancellation
+    does not pass."""
+    tensors = {"input_ids": [[0]], "input_lengths": [[1]], "request_output_len": [[1]]}
+    stop = {name: np.asarray(value, np.int32) for name, value in tensors.items()} | {"stop": np.asarray([[True]])}
+    with contextlib.suppress(grpcclient.InferenceServerException, ServerError):
+        client.async_stream_infer(model, _infer_inputs(grpcclient, stop), request_id=request_id, enable_empty_final_response=True)
+        for _ in range(2):  # of the one and of the other
+            collections.deque(_until_final("", model, answers, _STOP_SECONDS), maxlen=0)
+
+
+def _infer_inputs(grpcclient: Any, tensors: dict[str, NDArray[Any]]) -> list[Any]:
     inputs = []
     for name, array in tensors.items():
         tensor = grpcclient.InferInput(name, list(array.shape), _TRITON_NAMES[array.dtype.name])
         tensor.set_data_from_numpy(array)
         inputs.append(tensor)
-    with _stream(grpcclient, url) as (client, answers):
-        # A stream that has broken by now refuses the request in words of its own; why it broke is among the answers.
-        with contextlib.suppress(grpcclient.InferenceServerException):
-            client.async_stream_infer(model, inputs, request_id=request_id, enable_empty_final_response=True)
+    return inputs
+
+
+def _until_final(url: str, model: str, answers: queue.Queue[tuple[Any, Any]], timeout: float) -> Iterator[Any]:
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            result, error = answers.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            raise ServerError(
+                f"no answer from {model} at {url}",
+                expected=f"a response within {timeout:g} s",
+                found="none",
+                remedy="wait longer (timeout), or see the server's log",
+            ) from None
+        if error is not None:
+            raise _failure(url, error)
         deadline = time.monotonic() + timeout
-        while True:
-            try:
-                result, error = answers.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
-                raise ServerError(
-                    f"no answer from {model} at {url}",
-                    expected=f"a response within {timeout:g} s",
-                    found="none",
-                    remedy="wait longer (timeout), or see the server's log",
-                ) from None
-            if error is not None:
-                raise _failure(url, error)
-            deadline = time.monotonic() + timeout
-            response = result.get_response()
-            if response.outputs:
-                yield result
-            if response.parameters["triton_final_response"].bool_param:
-                return
+        response = result.get_response()
+        if response.outputs:
+            yield result
+        if response.parameters["triton_final_response"].bool_param:
+            return
 
 
 def check_url(url: str) -> None:

@@ -6,8 +6,9 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from triton_repo.interface import BACKEND, PYTORCH, TEXT, TOKENS, Tensor, inputs, outputs
+from triton_repo.interface import BACKEND, MODEL, PYTORCH, TEXT, TOKENS, Tensor, declared, inputs, outputs
 
+DEFAULT_NAME = "ensemble"
 DECOUPLED = "model_transaction_policy { decoupled: true }"
 # What the text models and the tokens model hand to each other in a repository of TensorRT-LLM's layout.
 _PREPROCESSING = (
@@ -29,13 +30,17 @@ _PREPROCESSED = (
 )
 _POSTPROCESSING = (Tensor("TOKENS_BATCH", "INT32", (-1, -1)), Tensor("SEQUENCE_LENGTH", "INT32", (-1,)))
 _POSTPROCESSED = Tensor("OUTPUT", "STRING", (-1,))
+_TOKENS_MADE = ("output_ids", "sequence_length")
+"""What the tokens model makes for postprocessing alone."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """What a repository leaves open: numbers of the engine and choices of who packages it.
 
-    link: the folder of templates whose link leads to the engine. engine_path, kv_cache_fraction: of TensorRT-LLM's backend.
+    name: of the model that holds the engine, which is `main` unless another is given; then the others are named after it.
+    gpus: where each instance runs, none for the CPU or the runtime's own choice. engine_path, kv_cache_fraction: of
+    TensorRT-LLM's backend. text_instances: of the text model beside it.
     """
 
     num_slots: int
@@ -47,36 +52,58 @@ class Settings:
     max_length: int
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
-    link: str
     engine_path: str
     kv_cache_fraction: float
-    in_turn: bool
     text_instances: int
+    add_special_tokens: bool = True
+    instances: int = 1
+    gpus: tuple[int, ...] = ()
+    main: str = DEFAULT_NAME
+    name: str = DEFAULT_NAME
 
     @property
     def end_id(self) -> int:
         """The first token that ends a text; -1 where there is none."""
         return self.eos_token_ids[0] if self.eos_token_ids else -1
 
+    def named(self, model: str) -> str:
+        """The name under which one of the models is served."""
+        if self.name == self.main:
+            return model
+        return self.name if model == self.main else f"{self.name}_{model}"
 
-def tokens_model(settings: Settings) -> str:
-    """`tensorrt_llm` around this project's own engine."""
+
+def own_model(name: str, settings: Settings) -> str:
+    """This project's own engine, for text and for token ids."""
     return _python(
-        "tensorrt_llm",
-        _inputs(TOKENS),
-        _outputs(TOKENS),
+        name,
+        [_tensor(tensor, optional=True) for tensor in declared(MODEL).values()],
+        _outputs(MODEL),
         parameters={
             "num_slots": settings.num_slots,
             "max_queue": settings.max_queue,
             "prefill_chunk": settings.prefill_chunk,
             "threads": "" if settings.threads is None else settings.threads,
             "exclude_input_in_output": _bool(settings.exclude_input),
+            "add_special_tokens": _bool(settings.add_special_tokens),
         },
+        instances=_instances(settings.instances, settings.gpus),
     )
 
 
+def alias(settings: Settings) -> str:
+    """`tensorrt_llm`: the model above by the names of a tokens model, as a Triton ensemble of one step."""
+    name = settings.named("tensorrt_llm")
+    takes = declared(TOKENS)
+    gives = [tensor for _, tensor in outputs(TOKENS)]
+    tensors = [_tensor(tensor, optional=True) for tensor in takes.values()]
+    head = _head(name, 'platform: "ensemble"', 1, tensors, [_tensor(tensor) for tensor in gives], decoupled=False)
+    step = _step(settings.name, {key: key for key in takes}, {tensor.name: tensor.name for tensor in gives})
+    return "\n".join([*head, "ensemble_scheduling {", "  step [", step, "  ]", "}", ""])
+
+
 def text_model(name: str, settings: Settings) -> str:
-    """Text in, text out, in Python: `ensemble`, or `tensorrt_llm_bls` beside TensorRT-LLM's backend."""
+    """Text in, text out, in Python: `tensorrt_llm_bls` beside TensorRT-LLM's backend."""
     return _python(
         name,
         _inputs(TEXT),
@@ -86,10 +113,9 @@ def text_model(name: str, settings: Settings) -> str:
             "max_length": settings.max_length,
             "eos_token_ids": ",".join(map(str, settings.eos_token_ids)),
             "exclude_input_in_output": _bool(settings.exclude_input),
-            "engine": settings.link,
-            "in_turn": _bool(settings.in_turn),
+            "add_special_tokens": _bool(settings.add_special_tokens),
         },
-        instances=settings.text_instances,
+        instances=_instances(settings.text_instances),
     )
 
 
@@ -97,10 +123,10 @@ def preprocessing(settings: Settings) -> str:
     """Text to token ids."""
     pad = settings.end_id if settings.pad_token_id is None else settings.pad_token_id
     return _python(
-        "preprocessing",
+        settings.named("preprocessing"),
         [_tensor(tensor, optional=optional) for tensor, _, optional in _PREPROCESSING],
         [_tensor(tensor) for tensor, _ in _PREPROCESSED],
-        parameters={"end_id": settings.end_id, "pad_id": pad},
+        parameters={"end_id": settings.end_id, "pad_id": pad, "add_special_tokens": _bool(settings.add_special_tokens)},
         decoupled=False,
     )
 
@@ -108,7 +134,7 @@ def preprocessing(settings: Settings) -> str:
 def postprocessing(settings: Settings) -> str:
     """Token ids to text."""
     return _python(
-        "postprocessing",
+        settings.named("postprocessing"),
         [_tensor(tensor) for tensor in _POSTPROCESSING],
         [_tensor(_POSTPROCESSED)],
         parameters={"vocab_size": settings.vocab_size},
@@ -167,8 +193,8 @@ def ensemble(settings: Settings) -> str:
     asked = {
         option: made[option] if option in made else ours[option][1].name for option in theirs if option in made or option in ours
     }
-    given = {tensor.name for _, tensor in outputs(TEXT)}
-    hidden = {tensor.name: f"_{place.name}" for tensor, place in zip(_tokens_made(), _POSTPROCESSING, strict=True)}
+    hidden = {name: f"_{place.name}" for name, place in zip(_TOKENS_MADE, _POSTPROCESSING, strict=True)}
+    passed = [tensor for _, tensor in outputs(BACKEND) if tensor.name not in hidden]
     steps = [
         _step(
             "preprocessing",
@@ -178,20 +204,16 @@ def ensemble(settings: Settings) -> str:
         _step(
             "tensorrt_llm",
             {theirs[option].name: source for option, source in asked.items()},
-            hidden | {tensor.name: tensor.name for _, tensor in outputs(BACKEND) if tensor.name in given},
+            hidden | {tensor.name: tensor.name for tensor in passed},
         ),
         _step(
             "postprocessing", {tensor.name: f"_{tensor.name}" for tensor in _POSTPROCESSING}, {_POSTPROCESSED.name: "text_output"}
         ),
     ]
     tensors = [_tensor(tensor, optional=not row.required) for row, tensor in ours.values()]
-    head = _head("ensemble", 'platform: "ensemble"', 1, tensors, _outputs(TEXT), decoupled=False)
+    gives = [_tensor(tensor) for tensor in (Tensor("text_output", _POSTPROCESSED.dtype, _POSTPROCESSED.dims), *passed)]
+    head = _head("ensemble", 'platform: "ensemble"', 1, tensors, gives, decoupled=False)
     return "\n".join([*head, "ensemble_scheduling {", "  step [", ",\n".join(steps), "  ]", "}", ""])
-
-
-def _tokens_made() -> list[Tensor]:
-    """What the tokens model makes for postprocessing alone."""
-    return [tensor for row, tensor in outputs(TOKENS) if row.text is None]
 
 
 def _python(
@@ -202,10 +224,10 @@ def _python(
     parameters: Mapping[str, object] | None = None,
     decoupled: bool = True,
     batch: int = 1,
-    instances: int = 1,
+    instances: str = "",
 ) -> str:
     head = _head(name, 'backend: "python"', batch, takes, gives, decoupled=decoupled)
-    return "\n".join([*head, *_parameters(parameters or {}), _instances(instances), ""])
+    return "\n".join([*head, *_parameters(parameters or {}), instances or _instances(1), ""])
 
 
 def _head(name: str, backend: str, batch: int, takes: Iterable[str], gives: Iterable[str], *, decoupled: bool) -> list[str]:
@@ -216,13 +238,11 @@ def _head(name: str, backend: str, batch: int, takes: Iterable[str], gives: Iter
 
 
 def _inputs(interface: str) -> list[str]:
-    tensors = []
-    for row, tensor in inputs(interface):
-        needed = row.required and (interface != PYTORCH or row.option == "prompt")  # that runtime has a default length
-        tensors.append(_tensor(tensor, optional=not needed))
-        if row.older:
-            tensors.append(_tensor(Tensor(row.older, tensor.dtype, tensor.dims), optional=True))
-    return tensors
+    # TensorRT-LLM's PyTorch runtime has a default length.
+    needed = {
+        tensor.name for row, tensor in inputs(interface) if row.required and (interface != PYTORCH or row.option == "prompt")
+    }
+    return [_tensor(tensor, optional=name not in needed) for name, tensor in declared(interface).items()]
 
 
 def _outputs(interface: str) -> list[str]:
@@ -246,8 +266,10 @@ def _parameters(values: Mapping[str, object]) -> list[str]:
     ]
 
 
-def _instances(count: int) -> str:
-    return f"instance_group [ {{ count: {count}, kind: KIND_CPU }} ]"
+def _instances(count: int, gpus: tuple[int, ...] = ()) -> str:
+    """On GPUs, `count` on each of them."""
+    where = f"KIND_GPU, gpus: [ {', '.join(map(str, gpus))} ]" if gpus else "KIND_CPU"
+    return f"instance_group [ {{ count: {count}, kind: {where} }} ]"
 
 
 def _step(model: str, takes: Mapping[str, str], gives: Mapping[str, str]) -> str:

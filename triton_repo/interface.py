@@ -2,94 +2,39 @@
 
 Everything else is made from these rows: every config.pbtxt (`triton_repo.config_pbtxt`), the parsers
 (`triton_repo.serving_inputs`), the client's options, the bridge to TensorRT-LLM's backend, and the table in docs/serving.md.
-Names, types and shapes are those of the public TensorRT-LLM model repositories. Copied into the model repository: it needs
-the standard library alone.
+Names, types and shapes are those of the public TensorRT-LLM model repositories. Copied into the model repository:
+it needs the standard library alone.
 
 To add a sampling parameter: one row in INPUTS, and the sampler (`engines.runtime.sampling`, `engines.runtime.sampler`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
-TOKENS, TEXT, BACKEND, PYTORCH = "tokens", "text", "backend", "pytorch"
-"""Interfaces: this project's tokens model; the text models; TensorRT-LLM's engine backend; TensorRT-LLM's PyTorch runtime
-(llmapi)."""
-NGPT, TENSORRT_LLM = "ngpt-deploy", "TensorRT-LLM's engine backend"
-"""Whose engine a text model asks: this project's scheduler and sampler, or the backend."""
+from triton_repo.tensors import (
+    BACKEND,
+    MODEL,
+    NGPT,
+    PYTORCH,
+    TENSORRT_LLM,
+    TEXT,
+    TOKENS,
+    WORD_LIST,
+    Input,
+    Output,
+    Range,
+    Refused,
+    Tensor,
+)
+
+__all__ = [
+    "BACKEND", "INPUTS", "MODEL", "NGPT", "OUTPUTS", "PYTORCH", "REFUSED", "TENSORRT_LLM", "TEXT", "TOKENS", "WORD_LIST", "Input",
+    "Output", "Range", "Refused", "Tensor", "declared", "honoured", "inputs", "options", "outputs",
+]  # fmt: skip
 _INTERFACES = {NGPT: (TOKENS, TEXT), TENSORRT_LLM: (BACKEND,)}
 """Where an engine is reached: it does what one of these has a tensor for."""
-WORD_LIST = (2, -1)
-"""The shape of several token sequences in one tensor: their ids, and where each ends."""
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor on the wire: its name, Triton's type without "TYPE_", its shape without the batch (-1: any size)."""
-
-    name: str
-    dtype: str
-    dims: tuple[int, ...] = (1,)
-
-
-@dataclass(frozen=True)
-class Range:
-    """Values that are taken: whether one `holds`, how that is `said`, and what else there is to say."""
-
-    holds: Callable[[Any], bool]
-    said: str
-    remedy: str = ""
-
-
-@dataclass(frozen=True)
-class Input:
-    """An input of a request.
-
-    option: its name in this project's client. tokens, text, backend, pytorch: the tensor of that interface, None where it
-    has none. older: a name that is taken too. sets: the field of SamplingParams it becomes. neutral: the value that asks for
-    nothing. range: the values that make sense to any server. only: those that can be served here. asks: whether it chooses
-    what is returned.
-    """
-
-    option: str
-    about: str
-    tokens: Tensor | None = None
-    text: Tensor | None = None
-    backend: Tensor | None = None
-    pytorch: Tensor | None = None
-    required: bool = False
-    older: str = ""
-    sets: str = ""
-    neutral: Any = None
-    range: Range | None = None
-    only: Range | None = None
-    asks: bool = False
-
-    def of(self, interface: str) -> Tensor | None:
-        """The tensor of an interface."""
-        found: Tensor | None = getattr(self, interface)
-        return found
-
-    def dtype(self) -> str:
-        """Triton's type; the same in every interface for what is one value."""
-        return next(t.dtype for t in (self.tokens, self.text, self.pytorch) if t is not None)
-
-
-@dataclass(frozen=True)
-class Output:
-    """An output, by interface as an input is."""
-
-    tokens: Tensor | None = None
-    text: Tensor | None = None
-    pytorch: Tensor | None = None
-    when: str = ""
-
-    def of(self, interface: str) -> Tensor | None:
-        """The tensor of an interface; the backend's are those of the tokens model."""
-        found: Tensor | None = getattr(self, TOKENS if interface == BACKEND else interface)
-        return found
 
 
 def _option(
@@ -117,12 +62,25 @@ def _option(
     )
 
 
+def _local(option: str, about: str, *, tokens: bool = True, pytorch: bool = False) -> Input:
+    """A Boolean that the model in front of the engine heeds, and no engine sees."""
+    wire = Tensor(option, "BOOL")
+    return Input(
+        option, about, tokens=wire if tokens else None, text=wire, pytorch=wire if pytorch else None, asks=True, local=True
+    )
+
+
 _AT_LEAST_0 = Range(lambda value: value >= 0, "0 or more")
 _SHARE = Range(lambda value: 0.0 <= value <= 1.0, "0 to 1")
 _SINGLE = Range(lambda value: value in (0, 1), "1", "Beam search and several sequences are not supported.")
 INPUTS: tuple[Input, ...] = (
     Input(
-        "prompt", "the text", text=Tensor("text_input", "STRING"), pytorch=Tensor("text_input", "STRING", (-1,)), required=True
+        "prompt",
+        "the text",
+        text=Tensor("text_input", "STRING"),
+        pytorch=Tensor("text_input", "STRING", (-1,)),
+        local=True,
+        required=True,
     ),
     Input(
         "input_ids",
@@ -145,6 +103,7 @@ INPUTS: tuple[Input, ...] = (
         tokens="request_output_len",
         pytorch="sampling_param_max_tokens",
         required=True,
+        older=("max_new_tokens",),
         sets="max_new_tokens",
         range=Range(lambda value: value >= 1, "at least 1", "Say how many tokens to generate."),
     ),
@@ -173,6 +132,7 @@ INPUTS: tuple[Input, ...] = (
         tokens="exclude_input_in_output",
         text="exclude_input_in_output",
         pytorch="sampling_param_exclude_input_from_output",
+        older=("exclude_input_from_output",),
         asks=True,
     ),
     _option(
@@ -181,7 +141,20 @@ INPUTS: tuple[Input, ...] = (
         "the token that ends a text, in place of the model's; -1: none does",
         range=Range(lambda value: value >= -1, "a token id, or -1 for none"),
     ),
+    _option(
+        "ignore_eos",
+        "BOOL",
+        "go on after the token that ends a text",
+        backend=False,
+        sets="ignore_eos",
+        neutral=False,
+        local=True,
+    ),
     _option("pad_id", "INT32", "taken and not used"),
+    _local(
+        "add_special_tokens", "the tokenizer adds its own, such as a bos; a rendered chat template has them already", tokens=False
+    ),
+    _local("skip_special_tokens", "leave special tokens out of the text; they are unless this is false", tokens=False),
     _option(
         "top_k",
         "INT32",
@@ -239,7 +212,7 @@ INPUTS: tuple[Input, ...] = (
         "min_tokens",
         "INT32",
         "so many tokens come before a text may end",
-        older="min_length",
+        older=("min_length",),
         sets="min_new_tokens",
         neutral=0,
         range=_AT_LEAST_0,
@@ -260,7 +233,43 @@ INPUTS: tuple[Input, ...] = (
         sets="frequency_penalty",
         neutral=0.0,
     ),
-    _option("seed", "UINT64", "of the random numbers", pytorch="sampling_param_seed", sets="seed"),
+    _option("seed", "UINT64", "of the random numbers", pytorch="sampling_param_seed", older=("random_seed",), sets="seed"),
+    Input(
+        "logit_bias_ids",
+        "tokens whose logits are changed",
+        tokens=Tensor("logit_bias_ids", "INT32", (-1,)),
+        text=Tensor("logit_bias_ids", "INT32", (-1,)),
+        sets="logit_bias",
+    ),
+    Input(
+        "logit_bias_values",
+        "what is added to each of them",
+        tokens=Tensor("logit_bias_values", "FP32", (-1,)),
+        text=Tensor("logit_bias_values", "FP32", (-1,)),
+    ),
+    Input(
+        "guide_type",
+        "what holds the answer to a form: json, json_schema, regex, choice, ebnf_grammar or lark_grammar",
+        tokens=Tensor("guided_decoding_guide_type", "STRING"),
+        text=Tensor("guided_decoding_guide_type", "STRING"),
+        sets="guide",
+    ),
+    Input(
+        "guide",
+        "the schema, expression, list of texts or grammar",
+        tokens=Tensor("guided_decoding_guide", "STRING"),
+        text=Tensor("guided_decoding_guide", "STRING"),
+    ),
+    _option(
+        "top_logprobs",
+        "INT32",
+        "so many most probable tokens are reported beside each new one",
+        backend=False,
+        sets="top_logprobs",
+        neutral=0,
+        range=Range(lambda value: 0 <= value <= 20, "0 to 20"),
+        asks=True,
+    ),
     _option("return_log_probs", "BOOL", "log-probabilities of the new tokens", sets="logprobs", neutral=False, asks=True),
     _option(
         "return_context_logits",
@@ -280,6 +289,8 @@ INPUTS: tuple[Input, ...] = (
     ),
     _option("return_num_input_tokens", "BOOL", "tokens of the prompt", asks=True),
     _option("return_num_output_tokens", "BOOL", "new tokens", asks=True),
+    _local("return_finish_reason", "why the answer ended", pytorch=True),
+    _local("return_output_ids", "the new token ids beside the text"),
     _option("return_perf_metrics", "BOOL", "when it arrived, began, and gave its first and last token", asks=True),
     _option("beam_width", "INT32", "always one", only=_SINGLE, range=_AT_LEAST_0, neutral=1),
     _option("stream", "BOOL", "answer piece by piece", tokens="streaming", text="stream", pytorch="streaming", asks=True),
@@ -291,7 +302,6 @@ INPUTS: tuple[Input, ...] = (
         pytorch=Tensor("stop", "BOOL"),
     ),
     Input("best_of", "sequences to choose from", pytorch=Tensor("sampling_param_best_of", "INT32")),
-    Input("return_finish_reason", "how it ended", pytorch=Tensor("return_finish_reason", "BOOL"), asks=True),
     Input("return_stop_reason", "what stopped it", pytorch=Tensor("return_stop_reason", "BOOL"), asks=True),
     Input(
         "return_cumulative_logprob",
@@ -303,19 +313,52 @@ INPUTS: tuple[Input, ...] = (
 """In the order in which configurations list them."""
 
 
-def _both(name: str, dtype: str, dims: tuple[int, ...], when: str = "") -> Output:
+_BEAMS = "Beam search is not supported."
+_LORA = "Adapters are not supported: merge them into the checkpoint."
+REFUSED: tuple[Refused, ...] = (
+    Refused(Tensor("n", "INT32"), 1, "Send one request for each answer."),
+    Refused(Tensor("best_of", "INT32"), 1, "Send one request for each answer."),
+    Refused(Tensor("use_beam_search", "BOOL"), False, _BEAMS),
+    Refused(Tensor("num_beams", "INT32"), 1, _BEAMS),
+    Refused(Tensor("beam_search_diversity_rate", "FP32"), 0.0, _BEAMS),
+    Refused(Tensor("early_stopping", "BOOL"), False, _BEAMS),
+    Refused(Tensor("lora_task_id", "UINT64"), None, _LORA),
+    Refused(Tensor("lora_name", "STRING"), "", _LORA),
+    Refused(Tensor("prompt_vocab_size", "INT32"), 0, "Prompt tuning is not supported."),
+    Refused(Tensor("embedding_bias_words", "STRING", (-1,)), "", "Use logit_bias_ids and logit_bias_values."),
+    Refused(Tensor("embedding_bias_weights", "FP32", (-1,)), None, "Use logit_bias_ids and logit_bias_values."),
+    Refused(Tensor("no_repeat_ngram_size", "INT32"), 0, "Use repetition_penalty."),
+    Refused(Tensor("runtime_top_p_min", "FP32"), 0.0, "Use min_p."),
+    Refused(Tensor("runtime_top_p_decay", "FP32"), 0.0, "Use top_p."),
+    Refused(Tensor("runtime_top_p_reset_ids", "INT32"), 0, "Use top_p."),
+    Refused(Tensor("top_p_min", "FP32"), 0.0, "Use min_p."),
+    Refused(Tensor("top_p_decay", "FP32"), 0.0, "Use top_p."),
+    Refused(Tensor("top_p_reset_ids", "INT32"), 0, "Use top_p."),
+    Refused(Tensor("sampling_parameters", "STRING"), "", "Send each parameter under its own name."),
+)
+"""What clients of other servers send to this project's own model, and it does not do."""
+
+
+def _both(name: str, dtype: str, dims: tuple[int, ...], when: str = "", backend: bool = True) -> Output:
     tensor = Tensor(name, dtype, dims)
-    return Output(tokens=tensor, text=tensor, when=when)
+    return Output(tokens=tensor, text=tensor, when=when, backend=backend)
+
+
+def _ending(name: str) -> Output:
+    tensor = Tensor(name, "STRING", (-1,))
+    return Output(tokens=tensor, text=tensor, pytorch=tensor, when="return_finish_reason", backend=False)
 
 
 OUTPUTS: tuple[Output, ...] = (
     Output(text=Tensor("text_output", "STRING", (-1,)), pytorch=Tensor("text_output", "STRING", (-1,))),
-    Output(tokens=Tensor("output_ids", "INT32", (-1, -1))),
-    Output(tokens=Tensor("sequence_length", "INT32", (-1,))),
+    _both("output_ids", "INT32", (-1, -1), "return_output_ids"),
+    _both("sequence_length", "INT32", (-1,), "return_output_ids"),
     _both("cum_log_probs", "FP32", (-1,), "return_log_probs"),
     _both("output_log_probs", "FP32", (-1, -1), "return_log_probs"),
     _both("context_logits", "FP32", (-1, -1), "return_context_logits"),
     _both("generation_logits", "FP32", (-1, -1, -1), "return_generation_logits"),
+    _both("top_log_prob_ids", "INT32", (-1, -1, -1), "top_logprobs", backend=False),
+    _both("top_log_probs", "FP32", (-1, -1, -1), "top_logprobs", backend=False),
     _both("batch_index", "INT32", (1,)),
     _both("sequence_index", "INT32", (1,)),
     _both("num_input_tokens", "INT32", (1,), "return_num_input_tokens"),
@@ -324,17 +367,23 @@ OUTPUTS: tuple[Output, ...] = (
     _both("first_scheduled_time_ns", "INT64", (1,), "return_perf_metrics"),
     _both("first_token_time_ns", "INT64", (1,), "return_perf_metrics"),
     _both("last_token_time_ns", "INT64", (1,), "return_perf_metrics"),
-    Output(pytorch=Tensor("finish_reason", "STRING", (-1,)), when="return_finish_reason"),
-    Output(pytorch=Tensor("stop_reason", "STRING", (-1,)), when="return_stop_reason"),
+    _ending("finish_reason"),
+    _ending("stop_reason"),
     Output(pytorch=Tensor("cumulative_logprob", "FP32", (-1,)), when="return_cumulative_logprob"),
 )
 
 
 def inputs(interface: str) -> Iterator[tuple[Input, Tensor]]:
-    """The inputs of an interface, with their tensors."""
+    """The inputs of an interface, with their tensors by their first names."""
     for row in INPUTS:
         if (tensor := row.of(interface)) is not None:
             yield row, tensor
+
+
+def declared(interface: str) -> dict[str, Tensor]:
+    """Every tensor that a configuration of the interface declares, by name: second names, and what is refused, included."""
+    tensors = {tensor.name: tensor for row in INPUTS for tensor in row.tensors(interface)}
+    return tensors | ({row.tensor.name: row.tensor for row in REFUSED} if interface == MODEL else {})
 
 
 def outputs(interface: str) -> Iterator[tuple[Output, Tensor]]:
@@ -345,14 +394,14 @@ def outputs(interface: str) -> Iterator[tuple[Output, Tensor]]:
 
 
 def options(interface: str) -> dict[str, Input]:
-    """The rows that are one value each of a request, by option: all but prompts, word lists and `stop`."""
+    """The rows that are one number or truth value each of a request, by option: all but texts, lists and `stop`."""
     return {
         row.option: row
         for row, tensor in inputs(interface)
-        if tensor.dims == (1,) and row.option not in ("prompt", "input_lengths", "stop")
+        if tensor.dims == (1,) and tensor.dtype != "STRING" and row.option not in ("input_lengths", "stop")
     }
 
 
 def honoured(row: Input, engine: str) -> bool:
-    """Whether an engine (NGPT or TENSORRT_LLM) does what the row asks for."""
-    return any(row.of(interface) is not None for interface in _INTERFACES[engine])
+    """Whether an engine (NGPT or TENSORRT_LLM) does what the row asks for, or need not."""
+    return row.local or any(row.of(interface) is not None for interface in _INTERFACES[engine])

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,59 +25,63 @@ from engines.runtime.manifest import MANIFEST_NAME, Manifest, contained_path, re
 from ngpt.atomic_folder import check_free, new_folder
 from ngpt.errors import PackagingError
 from ngpt.text_files import End, TextFiles, given_tokenizer
-from triton_repo.config_pbtxt import Settings, backend_model, ensemble, postprocessing, preprocessing, text_model, tokens_model
+from triton_repo.config_pbtxt import (
+    DEFAULT_NAME,
+    Settings,
+    alias,
+    backend_model,
+    ensemble,
+    own_model,
+    postprocessing,
+    preprocessing,
+    text_model,
+)
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model of a repository: its config.pbtxt, the Python file that is its model.py (None: its backend brings its own
-    code), and whether it goes through a tokenizer."""
+    """A model of a repository: its config.pbtxt; the templates that it is made of, the first of them its model.py (none: its
+    backend brings its own code); whether it goes through a tokenizer, and whether it holds the engine."""
 
     config: Callable[[Settings], str]
-    code: str | None
-    text: bool = True
+    code: tuple[str, ...] = ()
+    text: bool = False
+    engine: bool = False
 
 
-@dataclass(frozen=True)
-class Layout:
-    """A kind of repository: its models by name, and the folder of templates whose link leads from text models to the tokens
-    model."""
-
-    models: Mapping[str, Model]
-    link: str
+def _own(name: str) -> Model:
+    code = ("engine/model.py", "shared/answer.py")
+    return Model(lambda settings: own_model(settings.named(name), settings), code, text=True, engine=True)
 
 
 _PROCESSING = {
-    "preprocessing": Model(preprocessing, "engine/preprocessing.py"),
-    "postprocessing": Model(postprocessing, "engine/postprocessing.py"),
+    "preprocessing": Model(preprocessing, ("shared/preprocessing.py",), text=True),
+    "postprocessing": Model(postprocessing, ("shared/postprocessing.py",), text=True),
 }
-OWN = Layout(
-    {
-        "tensorrt_llm": Model(tokens_model, "engine/tokens.py", text=False),
-        **_PROCESSING,
-        "ensemble": Model(partial(text_model, "ensemble"), "engine/text.py"),
-    },
-    "engine",
-)
-TENSORRT_LLM = Layout(
-    {
-        "tensorrt_llm": Model(backend_model, None, text=False),
-        **_PROCESSING,
-        "ensemble": Model(ensemble, None, text=False),
-        "tensorrt_llm_bls": Model(partial(text_model, "tensorrt_llm_bls"), "engine/text.py"),
-    },
-    "trtllm_backend",
-)
+OWN = {DEFAULT_NAME: _own(DEFAULT_NAME), "tensorrt_llm": Model(alias), **_PROCESSING}
+"""This project's scheduler around the engine."""
+TOKENS_ALONE = {"tensorrt_llm": _own("tensorrt_llm")}
+"""The same around an engine without a tokenizer."""
+TENSORRT_LLM = {
+    "tensorrt_llm": Model(backend_model, engine=True),
+    **_PROCESSING,
+    "ensemble": Model(ensemble),
+    "tensorrt_llm_bls": Model(
+        partial(text_model, "tensorrt_llm_bls"),
+        ("trtllm_backend/text.py", "trtllm_backend/link.py", "shared/answer.py"),
+        text=True,
+    ),
+}
+"""The engine in TensorRT-LLM's own backend."""
 LAYOUTS = {"onnxruntime": OWN, "tensorrt": OWN, "tensorrt_rtx": OWN, "tensorrt_llm": TENSORRT_LLM}
-"""By manifest.target.runtime. OWN: this project's scheduler around the engine. TENSORRT_LLM: the engine in TensorRT-LLM's
-own backend."""
-MODELS = tuple(OWN.models)
+"""By manifest.target.runtime."""
+MODELS = tuple(OWN)
 _MOST_INSTANCES = 16
 _MOST = (1 << 31) - 1  # a count in a repository's configuration has 32 bits
 _LOG = logging.getLogger("ngpt")
 _HERE = Path(__file__).resolve().parent
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-_VERSION = "1"
+_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,98}[A-Za-z0-9])?")
 
 
 def package_engine(
@@ -93,11 +98,17 @@ def package_engine(
     kv_cache_fraction: float | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     eos: Sequence[End] = (),
+    add_special_tokens: bool = True,
+    name: str | None = None,
+    model_version: int | None = None,
+    instances: int | None = None,
+    gpus: Sequence[int] = (),
 ) -> Path:
-    """Write a model repository with the models ``tensorrt_llm``, ``preprocessing``, ``postprocessing`` and ``ensemble``.
+    """Write a model repository: ``ensemble``, which holds tokenizer, scheduler and engine, ``tensorrt_llm``, the same by the
+    names of a tokens model, ``preprocessing`` and ``postprocessing``.
 
     An engine of TensorRT-LLM (runtime ``tensorrt_llm``) goes to that library's own backend and gets ``tensorrt_llm_bls``
-    besides. An engine without a tokenizer gets ``tensorrt_llm`` alone, which takes and gives token ids.
+    besides. An engine without a tokenizer gets ``tensorrt_llm`` alone, which holds it and takes and gives token ids.
 
     The folder appears at once and whole, or not at all.
 
@@ -120,6 +131,15 @@ def package_engine(
         kv_cache_fraction: part of the GPU's free memory that TensorRT-LLM's backend takes for keys and values, above 0 to 1;
             0.9 if not given. For its engines alone.
 
+        add_special_tokens: whether the tokenizer adds its own (a bos) to a prompt unless a request says otherwise.
+        name: of the model that holds the engine, so that one server can have several; the others become ``NAME_tensorrt_llm``,
+            ``NAME_preprocessing`` and ``NAME_postprocessing``.
+        model_version: number of the version's folder, 1 if not given.
+        instances: processes that each hold the whole engine, 1 if not given; with ``gpus`` on each of them.
+        gpus: numbers of the GPUs that instances run on; the runtime's own choice where there are none.
+
+    Of the last four, none is for engines of TensorRT-LLM.
+
     Returns:
         The repository's path.
 
@@ -130,9 +150,14 @@ def package_engine(
     """
     engine, output = Path(engine_dir), Path(output_dir).absolute()
     numbers = {"num_slots": num_slots, "max_queue": max_queue, "prefill_chunk": prefill_chunk, "threads": threads}
-    for name, value in numbers.items():
+    numbers |= {"model_version": model_version, "instances": instances}
+    for key, value in numbers.items():
         if value is not None and not 1 <= value <= _MOST:
-            raise PackagingError(name, expected="at least 1" if value < 1 else f"at most {_MOST}", found=str(value))
+            raise PackagingError(key, expected="at least 1" if value < 1 else f"at most {_MOST}", found=str(value))
+    if name is not None and not _NAME.fullmatch(name):
+        raise PackagingError("name", expected="letters, digits, and _ - . between them", found=repr(name)[:100])
+    if any(gpu < 0 for gpu in gpus) or len(set(gpus)) < len(gpus):
+        raise PackagingError("gpus", expected="numbers of GPUs, each once", found=", ".join(map(str, gpus)))
     if kv_cache_fraction is not None and not 0 < kv_cache_fraction <= 1:
         raise PackagingError("kv_cache_fraction", expected="above 0, at most 1", found=str(kv_cache_fraction))
     if mount is not None and not PurePosixPath(mount).is_absolute():
@@ -141,42 +166,51 @@ def package_engine(
     manifest = _checked_manifest(engine, allow_unverified, num_slots)
     text = _text_files(engine, manifest, tokenizer, eos)
     manifest = dataclasses.replace(manifest, model=dataclasses.replace(manifest.model, eos_token_ids=text.ends))
-    layout = LAYOUTS[manifest.target.runtime]
+    models, theirs = LAYOUTS[manifest.target.runtime], LAYOUTS[manifest.target.runtime] is TENSORRT_LLM
+    of_ours = {"threads": threads, "prefill_chunk": prefill_chunk, "name": name, "model_version": model_version}
     _refuse_options_of_others(
-        manifest, layout, threads=threads, prefill_chunk=prefill_chunk, mount=mount, kv_cache_fraction=kv_cache_fraction
+        manifest,
+        theirs,
+        ours=of_ours | {"instances": instances, "gpus": gpus or None},
+        theirs={"mount": mount, "kv_cache_fraction": kv_cache_fraction},
     )
-    models = layout.models if text.tokenizer_file is not None else {"tensorrt_llm": layout.models["tensorrt_llm"]}
-    # Calls to another model are made one at a time in each process: several at once can hang the Python backend.
-    in_turn = layout is TENSORRT_LLM
-    place = PurePosixPath(mount or "/models") / "tensorrt_llm" / _VERSION / "engine" / _graph_folder(manifest)
+    if text.tokenizer_file is None:
+        models = {"tensorrt_llm": models["tensorrt_llm"]} if theirs else TOKENS_ALONE
+    main = next(key for key, model in models.items() if model.engine)
+    folder = str(model_version or 1)
+    place = PurePosixPath(mount or "/models") / main / folder / "engine" / _graph_folder(manifest)
     settings = Settings(
         num_slots=num_slots,
         max_queue=max_queue,
         prefill_chunk=PREFILL_CHUNK if prefill_chunk is None else prefill_chunk,
         threads=threads,
         exclude_input=exclude_input_in_output,
+        add_special_tokens=add_special_tokens,
         vocab_size=manifest.model.vocab_size,
         max_length=manifest.model.max_length,
         eos_token_ids=manifest.model.eos_token_ids,
         pad_token_id=manifest.model.pad_token_id,
-        link=layout.link,
         engine_path=str(place),
         kv_cache_fraction=0.9 if kv_cache_fraction is None else kv_cache_fraction,
-        in_turn=in_turn,
-        text_instances=min(num_slots, _MOST_INSTANCES) if in_turn else 1,
+        text_instances=min(num_slots, _MOST_INSTANCES),
+        instances=instances or 1,
+        gpus=tuple(gpus),
+        main=main,
+        name=name or main,
     )
     needed = sum(entry.bytes for entry in manifest.files.values())
     with new_folder(output, needed=needed, kind=PackagingError) as work:
-        for name, model in models.items():
-            version = work / name / _VERSION
+        for key, model in models.items():
+            version = work / settings.named(key) / folder
             version.mkdir(parents=True)
-            (work / name / "config.pbtxt").write_text(model.config(settings), encoding="utf-8")
-            if model.code is not None:
-                copy_code(version, model.code, f"{layout.link}/link.py", runtime=True)
-            if model.text:
+            (version.parent / "config.pbtxt").write_text(model.config(settings), encoding="utf-8")
+            if model.code:
+                copy_code(version, *model.code, runtime=True)
+            if model.text and text.tokenizer_file is not None:
                 (version / "tokenizer").mkdir()
                 text.copy_to(version / "tokenizer")
-        _copy_engine(engine, manifest, work / "tensorrt_llm" / _VERSION / "engine")
+            if model.engine:
+                _copy_engine(engine, manifest, version / "engine")
     return output
 
 
@@ -209,14 +243,15 @@ def _checked_manifest(engine: Path, allow_unverified: bool, num_slots: int) -> M
     return manifest
 
 
-def _refuse_options_of_others(manifest: Manifest, layout: Layout, **options: object) -> None:
+def _refuse_options_of_others(
+    manifest: Manifest, is_theirs: bool, *, ours: Mapping[str, object], theirs: Mapping[str, object]
+) -> None:
     """Raise PackagingError for an option that the engine's runtime would not see."""
-    foreign = ("threads", "prefill_chunk") if layout is TENSORRT_LLM else ("mount", "kv_cache_fraction")
-    for name in foreign:
-        if options[name] is not None:
+    for name, value in (ours if is_theirs else theirs).items():
+        if value is not None:
             raise PackagingError(
                 f"{name} means nothing to {manifest.name}",
-                expected="an engine of " + ("another runtime" if layout is TENSORRT_LLM else "TensorRT-LLM"),
+                expected="an engine of " + ("another runtime" if is_theirs else "TensorRT-LLM"),
                 found=manifest.target.runtime,
                 remedy=f"Leave --{name.replace('_', '-')} out.",
             )
@@ -267,6 +302,7 @@ def copy_code(version: Path, model: str, *templates: str, runtime: bool = False)
     for name in (
         "interface.py",
         "serving_inputs.py",
+        "tensors.py",
         *(f"templates/{name}" for name in ("shared/python_backend.py", *templates)),
     ):
         target = version / "triton_repo" / name

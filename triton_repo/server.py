@@ -64,12 +64,21 @@ def triton_home() -> Path:
 
 
 def default_probe(repository: Path) -> Probe:
-    """A probe for a repository made by ``package_engine``: one generated token, through the ensemble if it is there."""
+    """A probe for a repository made by ``package_engine``: one token of every engine in it, through text where there is a
+    tokenizer."""
     from triton_repo.client import generate_text, generate_tokens
 
-    if (repository / "ensemble").is_dir():
-        return lambda url: generate_text(url, "a", max_tokens=1, timeout=30.0)
-    return lambda url: generate_tokens(url, [0], max_tokens=1, timeout=30.0)
+    own = sorted({path.parents[2].name for path in repository.glob("*/*/engine/manifest.json")} - {"tensorrt_llm"})
+    models = own or ["ensemble" if (repository / "ensemble").is_dir() else "tensorrt_llm"]
+
+    def probe(url: str) -> None:
+        for model in models:
+            if model != "tensorrt_llm" and (own == [] or any((repository / model).glob("*/tokenizer"))):
+                generate_text(url, "a", max_tokens=1, timeout=30.0, model=model)
+            else:
+                generate_tokens(url, [0], max_tokens=1, timeout=30.0, model=model)
+
+    return probe
 
 
 class TritonServer:

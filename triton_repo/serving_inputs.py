@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from triton_repo.interface import NGPT, TOKENS, WORD_LIST, Input, honoured, options
+from triton_repo.interface import MODEL, NGPT, REFUSED, TOKENS, WORD_LIST, Input, honoured, options
 from triton_repo.interface import inputs as rows_of
 
 Inputs = Mapping[str, NDArray[Any]]
@@ -61,6 +61,32 @@ def scalar(inputs: Inputs, name: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{name}: expected a finite number, found {value}.")
     return value
+
+
+def _named(inputs: Inputs, names: Sequence[str]) -> tuple[str, Any]:
+    """The value that was sent under one of the names, and that name; the first name and None where none was."""
+    found = [(name, value) for name in names if (value := scalar(inputs, name)) is not None]
+    if not found:
+        return names[0], None
+    for name, value in found[1:]:
+        if value != found[0][1]:
+            raise InputError(f"{name}: expected one of {name} and {found[0][0]}, found both ({value}, {found[0][1]}).")
+    return found[0]
+
+
+def refuse_foreign(inputs: Inputs) -> None:
+    """Raise InputError, by name, for what another server would do and this one does not."""
+    for row in REFUSED:
+        name = row.tensor.name
+        if name not in inputs:
+            continue
+        values = np.asarray(inputs[name]).reshape(-1).tolist()
+        asked = [
+            value for value in values if (value.decode("utf-8", "replace") if isinstance(value, bytes) else value) != row.neutral
+        ]
+        if asked:
+            expected = "nothing" if row.neutral in (None, "") else f"{row.neutral}, or nothing"
+            raise InputError(f"{name}: expected {expected}, found {_shown(asked[0])}. {row.remedy}".rstrip())
 
 
 def check_range(row: Input, name: str, value: Any) -> None:
@@ -109,7 +135,7 @@ def parse_options(inputs: Inputs, interface: str, vocab_size: int, engine: str =
 
     Args:
         inputs: tensors by name, as sent.
-        interface: ``TOKENS`` or ``TEXT``.
+        interface: ``MODEL``, ``TOKENS`` or ``TEXT``. To the first, no length means what fits.
         vocab_size: bound of ``end_id``.
         engine: whose engine it is for; what another one would not do is refused.
 
@@ -120,14 +146,7 @@ def parse_options(inputs: Inputs, interface: str, vocab_size: int, engine: str =
     names: dict[str, str] = {}
     given: dict[str, Any] = {}
     for option, row in rows.items():
-        tensor = row.of(interface)
-        assert tensor is not None  # `options` has those of the interface
-        names[option], value = tensor.name, scalar(inputs, tensor.name)
-        older = scalar(inputs, row.older) if row.older else None
-        if older is not None:
-            if value is not None and value != older:
-                raise InputError(f"{row.older}: expected one of {row.older} and {tensor.name}, found both ({older}, {value}).")
-            names[option], value = row.older, older
+        names[option], value = _named(inputs, [tensor.name for tensor in row.tensors(interface)])
         if value is not None:
             given[option] = value
 
@@ -136,7 +155,12 @@ def parse_options(inputs: Inputs, interface: str, vocab_size: int, engine: str =
             raise InputError(f"{names[option]}: expected {expected}, found {given.get(option)}. {remedy}".rstrip())
 
     sampling: dict[str, Any] = {}
-    for option, value in {"max_tokens": 0, **given}.items():
+    for row, tensor in rows_of(interface):
+        if row.option not in rows and tensor.name in inputs and not honoured(row, engine):
+            raise InputError(f"{tensor.name}: expected nothing, found a value. {engine} has no such input.")
+    if interface != MODEL and "max_tokens" not in given:
+        check_range(rows["max_tokens"], names["max_tokens"], 0)
+    for option, value in given.items():
         row = rows[option]
         check_range(row, names[option], value)
         if row.only is not None:
@@ -145,9 +169,9 @@ def parse_options(inputs: Inputs, interface: str, vocab_size: int, engine: str =
             require(option, False, f"{row.neutral}, or nothing", f"{engine} has no such input.")
         if row.sets and value != row.neutral:
             sampling[row.sets] = value
-    most = given["max_tokens"]
     require("end_id", -1 <= given.get("end_id", -1) < vocab_size, f"a token id below {vocab_size}, or -1 for none")
-    require("min_tokens", given.get("min_tokens", 0) <= most, f"0 to {names['max_tokens']} ({most})")
+    if (most := given.get("max_tokens")) is not None:
+        require("min_tokens", given.get("min_tokens", 0) <= most, f"0 to {names['max_tokens']} ({most})")
     if given.get("end_id") == -1:
         sampling["ignore_eos"] = True
     elif "end_id" in given:
@@ -162,7 +186,7 @@ def prompt_tokens(inputs: Inputs, vocab_size: int) -> list[int]:
         InputError: no tokens, a length beyond the tokens sent, several prompts, or an id outside the vocabulary.
     """
     ids = np.asarray(inputs.get("input_ids", np.zeros((1, 0), np.int32)))
-    if ids.ndim > 1 and int(np.prod(ids.shape[:-1])) != 1:
+    if ids.ndim > 1 and math.prod(ids.shape[:-1]) != 1:
         raise InputError(f"input_ids: expected one prompt, found shape {list(ids.shape)}. Send one request per prompt.")
     flat = ids.reshape(-1)
     length = scalar(inputs, "input_lengths")
@@ -219,9 +243,31 @@ def _decode(name: str, value: Any) -> str:
 
 
 def word_lists(inputs: Inputs, vocab_size: int) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Every word list of a request to the tokens model, by the field of ``SamplingParams`` that it sets. Raises InputError."""
+    """Every word list of token ids in a request, by the field of ``SamplingParams`` that it sets. Raises InputError."""
     lists = [(row.sets, tensor.name) for row, tensor in rows_of(TOKENS) if tensor.dims == WORD_LIST]
-    return {sets: sequences_of(inputs, name, vocab_size) for sets, name in lists}
+    return {sets: found for sets, name in lists if (found := sequences_of(inputs, name, vocab_size))}
+
+
+def logit_bias(inputs: Inputs, vocab_size: int) -> tuple[tuple[int, float], ...]:
+    """Pairs of a token and what is added to its logit. Raises InputError for two lists that do not belong together, an id
+    outside the vocabulary, or a number that is none."""
+    names = ("logit_bias_ids", "logit_bias_values")
+    ids, values = (np.asarray(inputs[name]).reshape(-1).tolist() if name in inputs else [] for name in names)
+    if len(ids) != len(values):
+        raise InputError(f"{names[1]}: expected one number for each of {len(ids)} tokens in {names[0]}, found {len(values)}.")
+    if not all(map(math.isfinite, values)):
+        raise InputError(f"{names[1]}: expected finite numbers, found {next(v for v in values if not math.isfinite(v))}.")
+    return tuple(zip(check_ids(names[0], ids, vocab_size), values, strict=True))
+
+
+def guide_of(inputs: Inputs) -> tuple[str, str] | None:
+    """The kind and the text of what the answer is held to, or None. Raises InputError for a text without its kind."""
+    kind, guide = "guided_decoding_guide_type", "guided_decoding_guide"
+    if kind not in inputs:
+        if guide in inputs and text_of(inputs, guide):
+            raise InputError(f"{kind}: expected the kind of the guide, found nothing.")
+        return None
+    return text_of(inputs, kind), text_of(inputs, guide) if guide in inputs else ""
 
 
 def sequences_of(inputs: Inputs, name: str, vocab_size: int) -> tuple[tuple[int, ...], ...]:

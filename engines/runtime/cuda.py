@@ -16,6 +16,33 @@ from numpy.typing import NDArray
 from .errors import MissingRuntimeError, RunnerError
 
 Bytes = NDArray[np.uint8]
+_device = 0
+
+
+def use_device(number: int) -> None:
+    """Open what this thread opens next on this GPU, counted from 0. Raises as `Cuda`."""
+    global _device
+    runtime = _library()
+    if int(code := runtime.cudaSetDevice(number)[0]):
+        raise RunnerError(f"GPU {number} cannot be used", expected="one that this machine has", found=f"CUDA's error {int(code)}")
+    _device = number
+
+
+def chosen_device() -> int:
+    """The number that `use_device` was given last; 0 before."""
+    return _device
+
+
+def _library() -> Any:
+    try:
+        return importlib.import_module("cuda.bindings.runtime")
+    except ImportError as error:
+        raise MissingRuntimeError(
+            "the library cuda-bindings",
+            expected="installed",
+            found="not installed",
+            remedy="Run: pip install 'cuda-bindings>=13'",
+        ) from error
 
 
 class Cuda:
@@ -27,15 +54,7 @@ class Cuda:
     """
 
     def __init__(self) -> None:
-        try:
-            self._runtime: Any = importlib.import_module("cuda.bindings.runtime")
-        except ImportError as error:
-            raise MissingRuntimeError(
-                "the library cuda-bindings",
-                expected="installed",
-                found="not installed",
-                remedy="Run: pip install 'cuda-bindings>=13'",
-            ) from error
+        self._runtime: Any = _library()
         self._device: list[int] = []
         self._host: list[int] = []
         self._stream: Any = None

@@ -258,6 +258,7 @@ def load_engine(
     prefill_chunk: int = PREFILL_CHUNK,
     max_queue: int = MAX_QUEUE,
     verify_files: bool = True,
+    tokenizer: Tokenizer | None = None,
 ) -> Engine:
     """Load an engine's folder. Its manifest and its files are checked first.
 
@@ -269,6 +270,7 @@ def load_engine(
             number answers them sooner, a larger one reads long prompts faster.
         max_queue: requests that may wait for a slot; further ones are refused with CapacityError.
         verify_files: compare every file's SHA-256 with the manifest's; without it the size alone.
+        tokenizer: in place of the folder's own.
 
     Returns:
         The engine, a context manager.
@@ -288,7 +290,8 @@ def load_engine(
     folder = Path(path)
     manifest = read_manifest(folder)
     check_files(folder, manifest, digests=verify_files)
-    tokenizer = Tokenizer.load(contained_path(folder, TOKENIZER_NAME)) if (folder / TOKENIZER_NAME).exists() else None
+    if tokenizer is None and (folder / TOKENIZER_NAME).exists():
+        tokenizer = Tokenizer.load(contained_path(folder, TOKENIZER_NAME))
     slots = slots_for(manifest, _USUAL_SLOTS) if num_slots is None else num_slots
     runner = open_runner(folder, manifest, slots, threads)
     return Engine(runner, manifest, tokenizer, prefill_chunk=prefill_chunk, max_queue=max_queue)

@@ -91,11 +91,18 @@ class Tokenizer:
         token = self.raw.token_to_id(text)
         return token if token in self._special else None
 
-    def most_chars(self, tokens: int) -> int:
-        """More characters than this cannot be so few tokens: what is longer need not be tokenised to be refused."""
+    def check_length(self, name: str, text: str, tokens: int) -> None:
+        """Raise RequestError, by the name of the input, for a text that cannot be as few as `tokens` tokens: what is so long
+        need not be tokenised to be refused."""
         if not self._longest:
             self._longest = max(map(len, self.raw.get_vocab(with_added_tokens=True)), default=1)
-        return tokens * self._longest
+        if len(text) > tokens * self._longest:
+            raise RequestError(
+                f"{name}: the prompt is too long",
+                expected=f"at most {tokens - 1} tokens",
+                found=f"{len(text)} characters, which are more",
+                remedy="Shorten it.",
+            )
 
     def may_change(self, token: int) -> bool:
         """Whether the text of this token can still be changed by the tokens after it."""

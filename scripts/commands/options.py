@@ -66,6 +66,11 @@ def port(text: str) -> int:
     return _within(text, 0, 65535)
 
 
+def gpu_numbers(text: str) -> tuple[int, ...]:
+    """Numbers of GPUs with commas between them."""
+    return tuple(_within(number, 0, 1 << 10) for number in text.split(","))
+
+
 def _within(text: str, low: int, high: int) -> int:
     value = int(text)
     if not low <= value <= high:

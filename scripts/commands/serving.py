@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ngpt.errors import PackagingError
-from scripts.commands.options import Command, add_text, port, positive
+from scripts.commands.options import Command, add_text, gpu_numbers, port, positive
 from scripts.terminal import harmless
 from triton_repo.interface import TEXT, Input, options
 
@@ -29,6 +29,24 @@ def add_package(command: Command) -> None:
         "--prefill-chunk", type=positive, help="most tokens of a prompt that are read in one step; 256 if not given"
     )
     package.add_argument("--threads", type=positive, help="threads of the runtime; its own choice if not given")
+    package.add_argument(
+        "--exclude-input-in-output",
+        action="store_true",
+        help="leave the prompt out of answers that are not streamed, unless a request says otherwise",
+    )
+    package.add_argument(
+        "--no-special-tokens",
+        action="store_true",
+        help="the tokenizer adds no bos to prompts (rendered chat templates have theirs) unless a request says otherwise",
+    )
+    package.add_argument("--name", help="of the model that holds the engine, so that one server can have several")
+    package.add_argument("--model-version", type=positive, help="number of the version's folder; 1 if not given")
+    package.add_argument(
+        "--instances", type=positive, help="processes that each hold the engine (with --gpus: on each); 1 if not given"
+    )
+    package.add_argument(
+        "--gpus", type=gpu_numbers, help="GPUs that instances run on, such as 0,1; the runtime's choice if not given"
+    )
     package.add_argument("--mount", help="TensorRT-LLM engines: path of the repository where it is served; /models if not given")
     package.add_argument(
         "--kv-cache-fraction", type=float, help="TensorRT-LLM: part of free GPU memory for the cache; 0.9 if not given"
@@ -68,7 +86,8 @@ def _package(args: argparse.Namespace) -> int:
     if a_checkpoint and not (args.engine / "manifest.json").is_file():
         from triton_repo.llmapi import package_checkpoint
 
-        _refuse(args, "of an engine", "threads", "mount", "max_queue", "prefill_chunk")
+        of_engines = ("threads", "mount", "max_queue", "prefill_chunk", "name", "model_version", "instances", "gpus")
+        _refuse(args, "of an engine", *of_engines, "exclude_input_in_output", "no_special_tokens")
         package_checkpoint(
             args.engine,
             args.output,
@@ -97,6 +116,12 @@ def _package(args: argparse.Namespace) -> int:
         kv_cache_fraction=args.kv_cache_fraction,
         tokenizer=args.tokenizer,
         eos=args.eos,
+        exclude_input_in_output=args.exclude_input_in_output,
+        add_special_tokens=not args.no_special_tokens,
+        name=args.name,
+        model_version=args.model_version,
+        instances=args.instances,
+        gpus=args.gpus or (),
     )
     where = (
         "in the vendor's container: docs/serving.md"
@@ -110,7 +135,7 @@ def _package(args: argparse.Namespace) -> int:
 def _refuse(args: argparse.Namespace, of: str, *names: str) -> None:
     """Raise PackagingError for an option that would not be looked at."""
     for name in names:
-        if getattr(args, name) not in (None, []):
+        if getattr(args, name) not in (None, [], False):
             raise PackagingError(
                 f"--{name.replace('_', '-')} is an option {of}, which {args.engine} is not", remedy="leave it out"
             )

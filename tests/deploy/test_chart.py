@@ -138,7 +138,7 @@ def test_the_autoscaler_owns_the_number_of_replicas(case, kind):
 
 
 def test_the_autoscalers_metric_is_one_that_the_server_has():
-    assert '"ngpt_requests_queued"' in (ROOT / "triton_repo" / "templates" / "engine" / "tokens.py").read_text()
+    assert '"ngpt_requests_queued"' in (ROOT / "triton_repo" / "templates" / "engine" / "model.py").read_text()
     rules = yaml.safe_load((ROOT / "deploy" / "prometheus-adapter.yaml").read_text())["rules"]["custom"]
     assert [rule["name"]["as"] for rule in rules] == ["ngpt_requests_queued", "trtllm_requests_queued"]
     assert all(rule["resources"]["overrides"]["pod"] == {"resource": "pod"} for rule in rules)

@@ -357,13 +357,13 @@ def test_too_many_sequences_and_too_long_ones_are_refused(runner):
 def test_the_copy_in_a_triton_repository_serves_the_same_tokens(made, tmp_path, monkeypatch):
     (made.folder / "tokenizer.json").write_text(tokenizer().to_str())
     repository = package_engine(made.folder, tmp_path / "models", allow_unverified=True, num_slots=4)
-    monkeypatch.syspath_prepend(repository / "tensorrt_llm" / "1")
+    monkeypatch.syspath_prepend(repository / "ensemble" / "1")
     for name in loaded("engines"):
         monkeypatch.delitem(sys.modules, name)  # and put back at the end
     runtime = importlib.import_module("engines.runtime")
     try:
         assert Path(runtime.__file__).is_relative_to(repository)
-        with runtime.load_engine(repository / "tensorrt_llm" / "1" / "engine", num_slots=4) as engine:
+        with runtime.load_engine(repository / "ensemble" / "1" / "engine", num_slots=4) as engine:
             assert engine.generate([[5, 6, 7]], max_new_tokens=4, ignore_eos=True) == [greedy(made.reference, [5, 6, 7], 4)]
     finally:
         for name in loaded("engines"):

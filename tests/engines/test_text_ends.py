@@ -104,10 +104,10 @@ def test_a_tokenizer_may_come_with_the_package(tokens_engine, tmp_path):
     repository = package_engine(tokens_engine, tmp_path / "models", **options)
     for model in ("preprocessing", "postprocessing", "ensemble"):
         assert (repository / model / "1" / "tokenizer" / "tokenizer.json").is_file()
-    assert read_manifest(repository / "tensorrt_llm" / "1" / "engine").model.eos_token_ids == (90,)
-    assert 'string_value: "90"' in (repository / "ensemble" / "config.pbtxt").read_text()
+    assert read_manifest(repository / "ensemble" / "1" / "engine").model.eos_token_ids == (90,)
+    assert 'string_value: "90"' in (repository / "preprocessing" / "config.pbtxt").read_text()
     named = package_engine(tokens_engine, tmp_path / "named", eos=["<|endoftext|>", 5], **options)
-    assert read_manifest(named / "tensorrt_llm" / "1" / "engine").model.eos_token_ids == (90, 5)
+    assert read_manifest(named / "ensemble" / "1" / "engine").model.eos_token_ids == (90, 5)
     with pytest.raises(ConfigError, match="vocab_size"):
         package_engine(tokens_engine, tmp_path / "other", allow_unverified=True, tokenizer=TINY)
     assert not (tmp_path / "other").exists()

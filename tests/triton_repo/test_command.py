@@ -63,7 +63,7 @@ def test_serve_answers_generate_and_stops_on_sigterm(tiny_engine_folder, tmp_pat
 def test_package_writes_what_it_is_asked_for_into_the_models_parameters(tiny_engine_folder, tmp_path, given):
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
     assert main(["package", str(tiny_engine_folder), "--output", str(tmp_path / "models"), "--allow-unverified", *words]) == 0
-    found = {name: value.string_value for name, value in config_of(tmp_path / "models", "tensorrt_llm").parameters.items()}
+    found = {name: value.string_value for name, value in config_of(tmp_path / "models", "ensemble").parameters.items()}
     for name in ("prefill_chunk", "max_queue"):
         assert found[name] == given.get(name, "256")
 

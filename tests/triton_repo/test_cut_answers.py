@@ -1,21 +1,18 @@
 """An answer that was cut is never reported as whole: whoever ends it without having been asked is an error, UNAVAILABLE.
 
-The models run here with a stand-in for Triton's Python module, which keeps what is sent. The real server was tried by hand, with 24 and 32
-requests in flight, its engine's process killed and itself told to stop: no short success in three runs, but minutes until tritonserver 2.51
-had ended, and a fourth run had not ended after five.
+The model runs here with a stand-in for Triton's Python module, which keeps what is sent. scripts/soak.py does it with the real server.
 """
 
 from __future__ import annotations
 
 import importlib
-import socket
 import sys
-import threading
 from types import SimpleNamespace
 
 import pytest
 
-from engines.runtime import TextStream, Tokenizer
+from engines.runtime import CapacityError, RequestError, TextStream, TokenEvent, Tokenizer
+from engines.runtime.errors import ClosedError, RunnerError
 from tests.runtime.making import byte_level
 from triton_repo.serving_inputs import Options
 
@@ -58,88 +55,100 @@ def template(monkeypatch):
     return lambda name: importlib.import_module(f"triton_repo.templates.{name}")
 
 
-class Link:
-    """Yields what it was given, as a link to an engine does."""
+class Handle:
+    """What the scheduler answers with: events, then how it ended."""
 
-    def __init__(self, *messages):
-        self.messages, self.given_up = messages, False
+    times = context_logits = None
 
-    def cancel(self):
-        self.given_up = True
+    def __init__(self, events, reason, error=None):
+        self.events, self.finish_reason, self.error, self.cancelled = events, reason, error, []
+
+    def cancel(self, reason="cancelled"):
+        self.cancelled.append(reason)
 
     def __iter__(self):
-        for message in self.messages:
-            yield message, []
+        yield from self.events
+        if self.error is not None:
+            raise self.error
 
 
 TOKENIZER = Tokenizer(byte_level())
 WORDS = TOKENIZER.encode("def f(x): end", add_special_tokens=False)
-SAID = [{"token": token, "logprob": None, "last": False} for token in WORDS]
-END = {"end": "length", "times": {}}
+SAID = [TokenEvent(token, index) for index, token in enumerate(WORDS)]
+DONE = [*SAID[:-1], TokenEvent(WORDS[-1], len(WORDS) - 1, finish_reason="length")]
 
 
-def answered(template, *messages, stop=(), gone=False):
-    """What a client of the text model gets for these messages of the engine: the text, or the error."""
-    module, sender = template("engine.text"), Sender()
-    sender.gone = gone
+def answered(template, handle, *, stop=(), given_up=False, streaming=False):
+    """What a client gets for these events: the text, or the error."""
+    module, sender = template("engine.model"), Sender()
     model = module.TritonPythonModel()
-    model.link, model.address, model.in_turn = SimpleNamespace(EngineLink=lambda *_: Link(*messages)), "", True
-    work = module.Work(sender, Options({}, {}), [1], {}, TextStream(TOKENIZER, stop), "")
-    model._run(work)
-    (response, flags), *more = sender.sent
-    assert flags == FINAL and not more
-    return response.error or response.tensors["text_output"].item().decode()
+    shared = template("shared.python_backend")
+    model.watcher, model.in_flight = SimpleNamespace(watch=lambda *_: 1, forget=lambda _: None), shared.InFlight()
+    model.metrics = SimpleNamespace(first_token=lambda _: None)
+    running = module.Request(sender, {}, set())
+    model.in_flight.add("", running)
+    options = Options({}, {"stream": streaming})
+    answer = module.Answer(sender, options, [1], stream=TextStream(TOKENIZER, stop))
+
+    def submit(_):
+        running.work_on(handle)
+        if given_up:
+            running.give_up()
+        return answer, handle
+
+    model._submit = submit
+    model._serve(running, "")
+    assert [flags for _, flags in sender.sent] == [0] * (len(sender.sent) - 1) + [FINAL]
+    assert model.in_flight._by_id == {}
+    last = sender.sent[-1][0]
+    if last is not None and last.error:
+        return last.error
+    return b"".join(response.tensors["text_output"].item() for response, _ in sender.sent if response).decode()
 
 
-def test_a_whole_answer_is_a_whole_answer(template):
-    assert answered(template, *SAID, END) == "def f(x): end"
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_whole_answer_is_a_whole_answer(template, streaming):
+    assert answered(template, Handle(DONE, "length"), streaming=streaming) == "def f(x): end"
 
 
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kept", [0, 1, len(SAID)])
-def test_an_engine_that_stops_by_itself_is_an_error_for_text(template, kept):
-    cut = answered(template, *SAID[:kept], {"end": "cancelled", "times": {}})
+def test_an_engine_that_stops_by_itself_is_an_error(template, kept, streaming):
+    cut = answered(template, Handle(SAID[:kept], "cancelled"), streaming=streaming)
     assert cut.code == "UNAVAILABLE" and "stopped before the answer was complete" in cut.message
 
 
-def test_an_engine_that_ends_is_an_error_for_text(template):
-    cut = answered(template, *SAID[:2], template("engine.link").CUT)
-    assert cut.code == "UNAVAILABLE" and "ended before the answer" in cut.message
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ClosedError("gone"), "UNAVAILABLE"), (CapacityError("full"), "UNAVAILABLE"), (RequestError("bad"), "INVALID_ARG"),
+     (RunnerError("/a/path broke"), "INTERNAL"), (OSError(2, "no", "/a/path"), "INTERNAL")],
+)  # fmt: skip
+def test_an_engine_that_fails_is_an_error_that_names_no_files(template, error, code):
+    failure = answered(template, Handle(SAID[:2], "error", error))
+    assert failure.code == code and "/a/path" not in failure.message
 
 
 def test_what_the_client_or_a_stop_word_ended_is_no_error(template):
-    assert answered(template, *SAID[:2], {"end": "cancelled", "times": {}}, gone=True).startswith("def")
-    for after in ({"end": "cancelled", "times": {}}, template("engine.link").CUT):  # the engine may end once the text has
-        assert answered(template, *SAID, after, stop=["end"]) == "def f(x): "
+    assert answered(template, Handle(SAID[:2], "cancelled"), given_up=True).startswith("def")
+    handle = Handle([*SAID, SAID[0]], "cancelled")  # the engine may be stopped once the text has ended
+    assert answered(template, handle, stop=["end"]) == "def f(x): " and handle.cancelled[0] == "stop"
 
 
-def test_a_connection_that_closes_without_an_end_says_so(template):
-    link, name = template("engine.link"), f"\0ngpt-test-{threading.get_ident()}"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(name)
-        listener.listen()
-
-        def serve():
-            connection, _ = listener.accept()
-            with connection:
-                assert link.receive(connection)[0]["prompt"] == [1, 2]
-                link.send(connection, SAID[0])
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        found = [header for header, _ in link.EngineLink(name, [1, 2], {})]
-        thread.join()
-    assert [header.get("token") for header in found] == [WORDS[0], None] and found[-1] == link.CUT
+def test_a_stream_that_stops_at_its_first_token_has_an_event(template):
+    module, sender = template("engine.model"), Sender()
+    first = TOKENIZER.decode(WORDS[:1])
+    stream = TextStream(TOKENIZER, [first])
+    answer = module.Answer(sender, Options({}, {"stream": True, "return_finish_reason": True}), [1], stream=stream)
+    answer.take(SAID[0])
+    answer.finish("stop", None, None)
+    ((response, flags),) = sender.sent
+    assert flags == FINAL and response.tensors["text_output"].item() == b""
+    assert response.tensors["finish_reason"].item() == b"stop" and response.tensors["stop_reason"].item().decode() == first
 
 
-@pytest.mark.parametrize(
-    ("reason", "asked", "cut"), [("cancelled", False, True), ("cancelled", True, False), ("length", False, False)]
-)
-def test_the_tokens_model_tells_a_cut_answer_from_one_that_was_given_up(template, reason, asked, cut):
-    cancelled = []
-    handle = SimpleNamespace(finish_reason=reason, cancel=lambda: cancelled.append(True))
-    answer = template("engine.tokens").Answer(Sender(), Options({}, {}), [1], True, handle)
-    if asked:
-        answer.give_up()
-    error = answer.cut()
-    assert (error is not None) == cut and bool(cancelled) == asked
-    assert error is None or error.code == "UNAVAILABLE"
+def test_a_request_that_was_given_up_before_it_was_submitted_is_cancelled(template):
+    module, handle = template("engine.model"), Handle([], "cancelled")
+    running = module.Request(Sender(), {}, set())
+    running.give_up()
+    running.work_on(handle)
+    assert handle.cancelled == ["cancelled"]

@@ -21,14 +21,17 @@ from triton_repo.client import RequestRefused, token_tensors
 from triton_repo.interface import (
     BACKEND,
     INPUTS,
+    MODEL,
     NGPT,
     PYTORCH,
+    REFUSED,
     TENSORRT_LLM,
     TEXT,
     TOKENS,
     WORD_LIST,
     Input,
     Tensor,
+    declared,
     honoured,
     inputs,
     options,
@@ -46,21 +49,20 @@ SETTINGS = config_pbtxt.Settings(
     max_length=64,
     eos_token_ids=(2, 3),
     pad_token_id=None,
-    link="engine",
     engine_path="/models/e",
     kv_cache_fraction=0.9,
-    in_turn=False,
     text_instances=1,
 )
 CONFIGS = {
-    TOKENS: lambda: config_pbtxt.tokens_model(SETTINGS),
-    TEXT: lambda: config_pbtxt.text_model("ensemble", SETTINGS),
+    MODEL: lambda: config_pbtxt.own_model("ensemble", SETTINGS),
+    TOKENS: lambda: config_pbtxt.alias(SETTINGS),
+    TEXT: lambda: config_pbtxt.text_model("tensorrt_llm_bls", SETTINGS),
     BACKEND: lambda: config_pbtxt.backend_model(SETTINGS),
     PYTORCH: config_pbtxt.pytorch_model,
 }
 REPOSITORIES = {
     "tensorrt_llm": CONFIGS[TOKENS],
-    "ensemble": CONFIGS[TEXT],
+    "ensemble": CONFIGS[MODEL],
     "preprocessing": lambda: config_pbtxt.preprocessing(SETTINGS),
     "postprocessing": lambda: config_pbtxt.postprocessing(SETTINGS),
     "backend": CONFIGS[BACKEND],
@@ -102,25 +104,24 @@ def rows(monkeypatch):
 
 def test_every_row_that_sets_something_sets_a_field_of_the_sampler_and_every_field_is_set_by_a_row():
     fields = set(SamplingParams.option_names())
-    assert {row.sets for row in INPUTS if row.sets} == fields - {"eos_token_ids", "ignore_eos"}  # which end_id sets, both
+    assert {row.sets for row in INPUTS if row.sets} == fields - {"eos_token_ids"}  # which end_id sets
 
 
 def test_options_have_one_name_and_tensors_of_one_interface_do_too():
     names = [row.option for row in INPUTS]
     assert len(names) == len(set(names))
-    for kind in (TOKENS, TEXT, BACKEND, PYTORCH):
-        wire = [tensor.name for _, tensor in inputs(kind)] + [row.older for row, _ in inputs(kind) if row.older]
-        assert len(wire) == len(set(wire))
+    for kind in (MODEL, TOKENS, TEXT, BACKEND, PYTORCH):
+        wire = [tensor.name for row in INPUTS for tensor in row.tensors(kind)]
+        assert len(wire) == len(set(wire)) and set(wire) <= set(declared(kind))
+    assert not {row.tensor.name for row in REFUSED} & {tensor.name for row in INPUTS for tensor in row.tensors(MODEL)}
     for row in options(TEXT).values():
-        assert row.text is not None and row.tokens is not None and row.text.dtype == row.tokens.dtype == row.dtype()
+        assert row.text is not None and row.text.dtype == row.dtype() and (row.tokens is None or row.tokens.dtype == row.dtype())
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_configurations_declare_the_rows_and_nothing_else(kind):
     config = parsed(CONFIGS[kind]())
-    expected = {tensor.name: tensor for _, tensor in inputs(kind)}
-    if kind in (TOKENS, TEXT):
-        expected |= {row.older: Tensor(row.older, row.dtype()) for row, _ in inputs(kind) if row.older}
+    expected = declared(kind)
     assert [t.name for t in config.input] == list(dict.fromkeys(t.name for t in config.input))
     found = {t.name: Tensor(t.name, model_config_pb2.DataType.Name(t.data_type)[5:], tuple(t.dims)) for t in config.input}
     assert found == expected
@@ -132,7 +133,13 @@ def test_clients_of_the_first_release_find_every_tensor_as_it_was(model):
     before = json.loads((ROOT / "tests" / "data" / "wire-0.1.json").read_text(encoding="utf-8"))[model]
     config = parsed(REPOSITORIES[model]())
     now = {t.name: [DTYPE(t.data_type)[5:], list(t.dims)] + ["optional"] * t.optional for t in config.input}
-    assert {name: now.get(name) for name in before["inputs"]} == before["inputs"]
+    # What had to be sent may now be left out, where a model has a default or takes either of two.
+    needed = (
+        before["inputs"]
+        if model not in ("ensemble", "tensorrt_llm")
+        else {k: [*v[:2], "optional"] for k, v in before["inputs"].items()}
+    )
+    assert {name: now.get(name) for name in needed} == needed
     assert all(kind[2:] == ["optional"] for name, kind in now.items() if name not in before["inputs"])
     outputs = {t.name: [DTYPE(t.data_type)[5:], list(t.dims)] for t in config.output}
     assert {name: outputs.get(name) for name in before["outputs"]} == before["outputs"]
@@ -141,21 +148,17 @@ def test_clients_of_the_first_release_find_every_tensor_as_it_was(model):
 def test_no_input_is_declared_and_then_not_looked_at():
     """Each sets something, is limited to what is neutral, or is read by the models' own code."""
     by_hand = {"end_id", "pad_id"}  # one sets two fields; the other is taken and not used, as the guide says
-    for kind, model in ((TOKENS, "tokens"), (TEXT, "text")):
-        code = (ROOT / "triton_repo" / "templates" / "engine" / f"{model}.py").read_text(encoding="utf-8")
+    templates = ROOT / "triton_repo" / "templates"
+    answer = (templates / "shared" / "answer.py").read_text(encoding="utf-8")
+    for kind, model in ((MODEL, "engine/model.py"), (TEXT, "trtllm_backend/text.py")):
+        code = (templates / model).read_text(encoding="utf-8") + answer
         for row in options(kind).values():
             read = f'wants("{row.option}"' in code
-            assert row.sets or row.only or read or row.option in by_hand, f"{row.option} of the {model} model does nothing"
+            assert row.sets or row.only or read or row.option in by_hand, f"{row.option} of {model} does nothing"
     ours = {row.option for row in INPUTS if row.tokens is not None or row.text is not None}
-    own_code = {
-        "prompt",
-        "input_ids",
-        "input_lengths",
-        "bad_words",
-        "stop_words",
-        "stop",
-    }  # as a further row of no single value would need
-    assert ours - set(options(TOKENS)) - set(options(TEXT)) == own_code
+    own_code = {"prompt", "input_ids", "input_lengths", "bad_words", "stop_words", "stop"}
+    own_code |= {"logit_bias_ids", "logit_bias_values", "guide_type", "guide"}  # as a further row of no single value would need
+    assert ours - set(options(MODEL)) == own_code
     assert {row.option for row, tensor in inputs(TOKENS) if tensor.dims == WORD_LIST} == {"bad_words", "stop_words"}
 
 
@@ -172,7 +175,7 @@ def test_the_pytorch_runtimes_model_looks_at_every_input_that_it_declares(monkey
 @pytest.mark.parametrize("row", SAMPLED, ids=lambda row: row.option)
 def test_a_value_reaches_the_sampler_from_both_models_and_the_client(row):
     value = VALUES[row.dtype()]
-    for kind in (TOKENS, TEXT):
+    for kind in (MODEL, TOKENS, TEXT):
         given = {row.option: value} | ({} if row.option == "max_tokens" else {"max_tokens": 5})
         tensors = {options(kind)[o].of(kind).name: option_array(options(kind)[o], o, v) for o, v in given.items()}
         sampling = parse_options(tensors, kind, 100).sampling
@@ -182,7 +185,7 @@ def test_a_value_reaches_the_sampler_from_both_models_and_the_client(row):
     assert sent[row.tokens.name].dtype == NUMPY[row.dtype()]
 
 
-@pytest.mark.parametrize("row", SAMPLED, ids=lambda row: row.option)
+@pytest.mark.parametrize("row", [row for row in SAMPLED if not row.local], ids=lambda row: row.option)
 def test_the_bridge_to_the_backend_sends_each_parameter_or_refuses_it_by_name(row, monkeypatch):
     bridge, value = link(monkeypatch), VALUES[row.dtype()]
     tensors = {"max_tokens": np.asarray([[5]]), row.text.name: np.asarray([[value]])}
@@ -252,7 +255,7 @@ def test_a_new_row_that_tensorrt_llm_has_too_reaches_each_of_its_runtimes(rows, 
 def test_a_new_word_list_reaches_the_sampler_of_the_tokens_model(rows):
     rows(Input("start_words", "not there", tokens=Tensor("start_words_list", "INT32", WORD_LIST), sets="start_sequences"))
     found = word_lists({"start_words_list": np.asarray([[[4, 5], [2, -1]]])}, 100)
-    assert found == {"bad_sequences": (), "stop_sequences": (), "start_sequences": ((4, 5),)}
+    assert found == {"start_sequences": ((4, 5),)}
 
 
 def test_an_option_nobody_knows_is_refused_by_the_client():
@@ -264,8 +267,8 @@ def test_an_option_nobody_knows_is_refused_by_the_client():
 
 def test_our_own_engine_honours_every_row_but_those_of_the_pytorch_runtime_alone():
     others = {row.option for row in INPUTS if not honoured(row, NGPT)}
-    assert others == {"best_of", "return_finish_reason", "return_stop_reason", "return_cumulative_logprob"}
-    assert {row.option for row in options(TEXT).values() if not honoured(row, TENSORRT_LLM)} == {"min_p"}
+    assert others == {"best_of", "return_stop_reason", "return_cumulative_logprob"}
+    assert {row.option for row in options(TEXT).values() if not honoured(row, TENSORRT_LLM)} == {"min_p", "top_logprobs"}
 
 
 def test_the_guides_table_is_what_the_rows_say():
@@ -276,7 +279,7 @@ def test_the_guides_table_is_what_the_rows_say():
 
 def test_no_configuration_is_written_by_hand():
     assert not list((ROOT / "triton_repo").rglob("*.pbtxt"))
-    assert json.loads(json.dumps(dataclasses.asdict(SETTINGS)))["link"] == "engine"
+    assert json.loads(json.dumps(dataclasses.asdict(SETTINGS)))["engine_path"] == "/models/e"
 
 
 @pytest.mark.parametrize("path", ["/моде ли", '/a"b', "/a\\b", "/${x}", "/日本"])

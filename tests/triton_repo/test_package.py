@@ -18,8 +18,8 @@ from triton_repo.package import MODELS, package_engine
 
 # name -> (dtype, dims, optional), as clients of the TensorRT-LLM repositories expect them
 TEXT_INPUTS = {
-    "text_input": ("STRING", [1], False),
-    "max_tokens": ("INT32", [1], False),
+    "text_input": ("STRING", [1], True),  # or input_ids
+    "max_tokens": ("INT32", [1], True),
     **{name: ("STRING", [-1], True) for name in ("bad_words", "stop_words")},
     **{
         name: ("INT32", [1], True)
@@ -53,6 +53,12 @@ EXTRA_OUTPUTS = {
     "first_scheduled_time_ns": ("INT64", [1]),
     "first_token_time_ns": ("INT64", [1]),
     "last_token_time_ns": ("INT64", [1]),
+    "output_ids": ("INT32", [-1, -1]),
+    "sequence_length": ("INT32", [-1]),
+    "top_log_prob_ids": ("INT32", [-1, -1, -1]),
+    "top_log_probs": ("FP32", [-1, -1, -1]),
+    "finish_reason": ("STRING", [-1]),
+    "stop_reason": ("STRING", [-1]),
 }
 
 
@@ -79,8 +85,8 @@ def test_ensemble_has_the_interface_of_known_clients(repository):
 def test_tokens_model_has_the_interface_of_known_clients(repository):
     config = config_of(repository, "tensorrt_llm")
     inputs = described(config.input)
-    assert inputs["input_ids"] == ("INT32", [-1], False)
-    assert inputs["input_lengths"] == inputs["request_output_len"] == ("INT32", [1], False)
+    assert inputs["input_ids"] == ("INT32", [-1], True)
+    assert inputs["input_lengths"] == inputs["request_output_len"] == ("INT32", [1], True)
     assert inputs["stop_words_list"] == inputs["bad_words_list"] == ("INT32", [2, -1], True)
     assert inputs["seed"] == ("UINT64", [1], True)
     for name in ("end_id", "pad_id", "beam_width", "min_tokens", "min_length", "runtime_top_k"):
@@ -91,8 +97,11 @@ def test_tokens_model_has_the_interface_of_known_clients(repository):
     for name in ("streaming", "stop", "exclude_input_in_output", "return_log_probs", "return_perf_metrics"):
         assert inputs[name] == ("BOOL", [1], True), name
     outputs = described(config.output, optional=False)
-    assert outputs == {"output_ids": ("INT32", [-1, -1]), "sequence_length": ("INT32", [-1]), **EXTRA_OUTPUTS}
-    assert config.model_transaction_policy.decoupled
+    assert outputs == EXTRA_OUTPUTS
+    (step,) = config.ensemble_scheduling.step
+    assert step.model_name == "ensemble"
+    known = described(config_of(repository, "ensemble").input)
+    assert inputs == {name: known[name] for name in inputs} and dict(step.input_map) == {name: name for name in inputs}
 
 
 def test_pre_and_postprocessing_have_the_interface_of_known_clients(repository):
@@ -190,7 +199,7 @@ sys.path.insert(0, version)
 import model
 served = model.TritonPythonModel()
 config = json.dumps(json_format.MessageToDict(config, preserving_proto_field_name=True))
-served.initialize({"model_config": config, "model_name": "tensorrt_llm"})
+served.initialize({"model_config": config, "model_name": "ensemble"})
 scheduler = served.engine.scheduler
 print("found", scheduler.prefill_chunk, scheduler.max_queue, scheduler.runner.num_slots, model.__file__, type(scheduler).__module__)
 served.finalize()
@@ -203,7 +212,7 @@ served.finalize()
 )
 def test_what_is_asked_of_the_packager_reaches_the_served_models_scheduler(tiny_engine_folder, tmp_path, options, expected):
     made = package_engine(tiny_engine_folder, tmp_path / "models", allow_unverified=True, threads=1, **options)
-    version = made / "tensorrt_llm" / "1"
+    version = made / "ensemble" / "1"
     run = subprocess.run([sys.executable, "-c", SERVES, str(version)], cwd=tmp_path, capture_output=True, text=True, check=True)
     (line,) = [line for line in run.stdout.splitlines() if line.startswith("found")]
     assert line == f"found {expected} {version}/model.py engines.runtime.scheduler"

@@ -26,7 +26,7 @@ from tests.triton_repo.test_package import config_of, described
 from tests.triton_repo.test_probe import probe
 from tests.triton_repo.test_serving import PROMPTS, text_request
 from triton_repo.client import RequestRefused, generate_text, responses, stream_text
-from triton_repo.interface import TENSORRT_LLM, TEXT, honoured, options
+from triton_repo.interface import INPUTS, MODEL, OUTPUTS, TEXT, inputs
 from triton_repo.llmapi import package_checkpoint
 from triton_repo.package import package_engine
 from triton_repo.server import TritonServer
@@ -34,8 +34,12 @@ from triton_repo.server import TritonServer
 BATCH = 16
 BLS = "tensorrt_llm_bls"
 TEXT_MODELS = ("ensemble", BLS)
-UNKNOWN = {"min_length", *(row.option for row in options(TEXT).values() if not honoured(row, TENSORRT_LLM))}
-"""Inputs of our own models that TensorRT-LLM's backend does not have."""
+UNKNOWN = {
+    *(tensor.name for row in INPUTS if row.backend is None for tensor in row.tensors(MODEL)),
+    *(name for row in INPUTS for name in row.older),
+}
+"""Inputs of our own model that TensorRT-LLM's backend does not have."""
+UNMADE = {row.tokens.name for row in OUTPUTS if row.tokens is not None and not row.backend}
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +73,9 @@ def stood_in(trtllm_repository, repository, served, tmp_path_factory):
     models = tmp_path_factory.mktemp("stood-in") / "models"
     shutil.copytree(trtllm_repository, models)
     shutil.rmtree(models / "tensorrt_llm")
-    shutil.copytree(repository / "tensorrt_llm", models / "tensorrt_llm")
+    shutil.copytree(repository / "ensemble", models / "tensorrt_llm")
+    config = models / "tensorrt_llm" / "config.pbtxt"
+    config.write_text(config.read_text().replace('name: "ensemble"', 'name: "tensorrt_llm"', 1))
     with TritonServer(models, start_timeout=90) as server:
         yield Served(server, served.engine)
 
@@ -98,8 +104,13 @@ def test_the_engine_goes_to_tensorrt_llms_backend(trtllm_repository):
 def test_its_tensors_are_those_of_our_tokens_model(trtllm_repository, repository):
     """Only those that the backend does not know are missing; scalars lose their second dimension on the way in."""
     theirs, ours = config_of(trtllm_repository, "tensorrt_llm"), config_of(repository, "tensorrt_llm")
-    assert described(theirs.input) == {k: v for k, v in described(ours.input).items() if k not in UNKNOWN}
-    assert described(theirs.output, optional=False) == described(ours.output, optional=False)
+    made = described(theirs.input)
+    assert {name: kind[:2] for name, kind in made.items()} == {
+        name: kind[:2] for name, kind in described(ours.input).items() if name not in UNKNOWN
+    }
+    assert {name for name, kind in made.items() if not kind[2]} == {"input_ids", "input_lengths", "request_output_len"}
+    outputs = described(ours.output, optional=False)
+    assert described(theirs.output, optional=False) == {name: kind for name, kind in outputs.items() if name not in UNMADE}
     for tensor in theirs.input:
         scalar = list(tensor.dims) == [1]
         assert tensor.HasField("reshape") == scalar and tensor.allow_ragged_batch == (not scalar), tensor.name
@@ -112,39 +123,43 @@ def test_the_other_models_are_those_that_onnx_engines_get(trtllm_repository, rep
     for model in ("preprocessing", "postprocessing"):
         assert config_of(trtllm_repository, model) == config_of(repository, model)
     config = config_of(trtllm_repository, BLS)
-    assert config.name == BLS and described(config.input) == described(config_of(repository, "ensemble").input)
-    assert parameters(config)["in_turn"] == "true" and config.instance_group[0].count == SLOTS
-    ours = config_of(repository, "ensemble")
-    assert parameters(ours)["in_turn"] == "false" and ours.instance_group[0].count == 1
-    mine, its = repository / "ensemble" / "1", trtllm_repository / BLS / "1"
-    links = {
-        Path(f"triton_repo/templates/{folder}/{name}.py")
-        for folder in ("engine", "trtllm_backend")
-        for name in ("link", "__init__")
+    known = described(config_of(repository, "ensemble").input)
+    needed = {"text_input", "max_tokens"}
+    assert config.name == BLS and described(config.input) == {
+        name: (*kind[:2], name not in needed) for name, kind in known.items() if name in described(config.input)
     }
-    files = {path.relative_to(mine) for path in mine.rglob("*.py")} - links
-    assert files == {path.relative_to(its) for path in its.rglob("*.py")} - links and Path("model.py") in files
-    for name in files:
+    assert {tensor.name for _, tensor in inputs(TEXT)} <= set(described(config.input))
+    assert config.instance_group[0].count == SLOTS and config_of(repository, "ensemble").instance_group[0].count == 1
+    mine, its = repository / "ensemble" / "1", trtllm_repository / BLS / "1"
+    theirs = {path.relative_to(its) for path in its.rglob("*.py")}
+    folder = Path("triton_repo/templates/trtllm_backend")
+    assert theirs - {path.relative_to(mine) for path in mine.rglob("*.py")} == {folder / "link.py", folder / "__init__.py"}
+    for name in theirs - {Path("model.py"), folder / "link.py", folder / "__init__.py"}:
         assert (its / name).read_bytes() == (mine / name).read_bytes()
-    link = its / "triton_repo" / "templates" / "trtllm_backend" / "link.py"
-    assert link.read_bytes() == (ROOT / "triton_repo" / "templates" / "trtllm_backend" / "link.py").read_bytes()
-    assert parameters(config)["engine"] == "trtllm_backend" and parameters(ours)["engine"] == "engine"
+    for name, source in (("model.py", "text.py"), (folder / "link.py", "link.py")):
+        assert (its / name).read_bytes() == (ROOT / folder / source).read_bytes()
 
 
 def test_the_ensemble_joins_tensors_of_equal_kinds(trtllm_repository, repository):
     config, ours = config_of(trtllm_repository, "ensemble"), config_of(repository, "ensemble")
     assert config.platform == "ensemble" and not config.backend
-    assert described(config.input) == {k: v for k, v in described(ours.input).items() if k not in UNKNOWN}
-    assert described(config.output, optional=False) == described(ours.output, optional=False)
+    text = described(ours.input)
+    assert {name: kind[:2] for name, kind in described(config.input).items()} == {
+        tensor.name: text[tensor.name][:2] for row, tensor in inputs(TEXT) if row.backend is not None or row.option == "prompt"
+    }
+    outputs = described(ours.output, optional=False)
+    assert described(config.output, optional=False) == {
+        name: kind for name, kind in outputs.items() if name not in UNMADE | {"output_ids", "sequence_length"}
+    }
     kinds = {name: kind[0] for name, kind in described(config.input).items()}
     for step in config.ensemble_scheduling.step:
         model = config_of(trtllm_repository, step.model_name)
-        inputs, outputs = described(model.input), described(model.output, optional=False)
+        takes, gives = described(model.input), described(model.output, optional=False)
         for name, source in step.input_map.items():
-            assert inputs[name][0] == kinds[source], (step.model_name, name)
-        needed = {name for name, (_, _, optional) in inputs.items() if not optional}
+            assert takes[name][0] == kinds[source], (step.model_name, name)
+        needed = {name for name, (_, _, optional) in takes.items() if not optional}
         assert needed <= set(step.input_map), step.model_name
-        kinds |= {target: outputs[name][0] for name, target in step.output_map.items()}
+        kinds |= {target: gives[name][0] for name, target in step.output_map.items()}
     for name, (kind, _) in described(config.output, optional=False).items():
         assert kinds[name] == kind
     used = {source for step in config.ensemble_scheduling.step for source in step.input_map.values()}
@@ -212,6 +227,9 @@ def test_refusals_keep_their_words(stood_in, model):
 def test_what_the_backend_has_no_input_for_is_refused_by_name(stood_in, served, model):
     with pytest.raises(RequestRefused, match="min_p"):
         generate_text(stood_in.url, PROMPT, max_tokens=4, min_p=0.1, temperature=1.0, seed=1, model=model)
+    guide = text_request(PROMPT, 4) | {"guided_decoding_guide_type": np.asarray([[b"json"]], object)}
+    with pytest.raises(RequestRefused, match="guided_decoding_guide_type"):
+        list(responses(stood_in.url, model, guide))
     assert generate_text(served.url, PROMPT, max_tokens=4, min_p=1.0, temperature=9.0, seed=1) == generate_text(
         served.url, PROMPT, max_tokens=4
     )  # our own engine does it: what has the largest probability alone is left

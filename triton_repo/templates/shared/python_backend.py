@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -24,10 +25,6 @@ LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0
 
 
 T = TypeVar("T")
-Header = dict[str, Any]
-"""What a link to an engine says of a token, or of the end: JSON values."""
-Arrays = list[NDArray[np.float32]]
-"""The arrays that come with it."""
 
 
 class Sender(Protocol):
@@ -55,16 +52,31 @@ def error_response(error: Any) -> Any:
     return pb_utils.InferenceResponse(output_tensors=[], error=error)
 
 
+def unavailable(error: Exception) -> Any:
+    """UNAVAILABLE with the error's own words."""
+    return pb_utils.TritonError(str(error), pb_utils.TritonError.UNAVAILABLE)
+
+
+def cut() -> Any:
+    """The error of an answer that ended though nobody asked for it."""
+    text = "the engine was stopped before the answer was complete. Send the request again."
+    return pb_utils.TritonError(text, pb_utils.TritonError.UNAVAILABLE)
+
+
 def failed(error: Exception) -> Any:
-    """An error that is nobody's request, logged: INTERNAL with its kind and words."""
-    text = f"{type(error).__name__}: {error}"
-    pb_utils.Logger.log_error(text)
-    return pb_utils.TritonError(text)
+    """An error that is nobody's request: INTERNAL. Its words go to the log; they may name files of this machine."""
+    pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
+    return pb_utils.TritonError(f"the model failed ({type(error).__name__}). The server's log says more.")
 
 
 def tensor(name: str, values: Any, dtype: type[np.generic]) -> Any:
     """A pb_utils.Tensor of exactly this dtype: the server does not check it."""
     return pb_utils.Tensor(name, np.ascontiguousarray(np.asarray(values, dtype=dtype)))
+
+
+def strings(name: str, values: list[str]) -> Any:
+    """A STRING tensor [1, n] of UTF-8."""
+    return pb_utils.Tensor(name, np.asarray([[value.encode("utf-8", "replace") for value in values]], dtype=np.object_))
 
 
 def parameter(config: Mapping[str, Any], name: str, default: str = "") -> str:
@@ -152,8 +164,9 @@ class Watcher:
 class Metrics:
     """Prometheus metrics of the scheduler; silent where the server was built without them."""
 
-    def __init__(self, model: str, names: Mapping[str, tuple[str, str, str]]) -> None:
-        """``names``: metric name -> (attribute of Scheduler.stats(), "gauge" or "counter", help)."""
+    def __init__(self, labels: Mapping[str, str], names: Mapping[str, tuple[str, str, str]]) -> None:
+        """``labels``: those of this instance. ``names``: metric name -> (attribute of Scheduler.stats(), "gauge" or "counter",
+        help)."""
         self._metrics: list[tuple[str, str, Any, Any]] = []
         self._due = 0.0
         self._latency: Any = None
@@ -162,7 +175,7 @@ class Metrics:
             for name, (key, kind, text) in names.items():
                 family_kind = pb_utils.MetricFamily.COUNTER if kind == "counter" else pb_utils.MetricFamily.GAUGE
                 family = pb_utils.MetricFamily(name=name, description=text, kind=family_kind)
-                metric = family.Metric(labels={"model": model})
+                metric = family.Metric(labels=dict(labels))
                 # The family must stay referenced: the server drops it with its Python object.
                 self._metrics.append((key, kind, metric, family))
             if hasattr(pb_utils.MetricFamily, "HISTOGRAM"):  # older servers have none
@@ -171,7 +184,7 @@ class Metrics:
                     description="Seconds from arrival to first token",
                     kind=pb_utils.MetricFamily.HISTOGRAM,
                 )
-                self._latency = self._latency_family.Metric(labels={"model": model}, buckets=list(LATENCY_BUCKETS))
+                self._latency = self._latency_family.Metric(labels=dict(labels), buckets=list(LATENCY_BUCKETS))
         except Exception as error:
             pb_utils.Logger.log_warn(f"no custom metrics: {error}")
             self._metrics = []

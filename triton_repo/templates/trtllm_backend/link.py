@@ -1,10 +1,8 @@
 """How the text model reaches a tokens model of another backend: model-to-model calls of the Python backend, one a request.
 
-In place of `engine.link`, and with its interface, where the tokens model is TensorRT-LLM's own backend. A request that asks
-for what that backend has no input for does not come so far: `parse_options` refuses it by name. Contract-tested with the pip
-server against this project's tokens model, which has the same tensors; not executed on backend "tensorrtllm". Several calls
-at once in one process hang the Python backend of tritonserver 2.51, so the model that uses this takes its requests in turn
-(`in_turn`) and has several instances instead.
+A request that asks for what that backend has no input for does not come so far: `parse_options` refuses it by name.
+Contract-tested with the pip server against this project's own model, which has the same tensors; not executed on backend
+"tensorrtllm".
 """
 
 from __future__ import annotations
@@ -12,19 +10,16 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
-from triton_repo.interface import BACKEND, INPUTS, WORD_LIST
-from triton_repo.interface import TENSORRT_LLM as ENGINE
+from engines.runtime.events import Times, TokenEvent
+from triton_repo.interface import BACKEND, INPUTS, TENSORRT_LLM, WORD_LIST
 from triton_repo.serving_inputs import NUMPY, sequences_array
-from triton_repo.templates.shared.python_backend import Arrays, Header
 
-__all__ = ["ENGINE", "EngineLink", "address"]
 SETS = {row.sets: row for row in INPUTS if row.sets}
 """Rows by what they set; all that is set is sent, or refused."""
 BY_OPTION = {row.option: row for row in INPUTS}
@@ -33,18 +28,23 @@ OUTPUTS = ("output_ids", "sequence_length")
 AGAIN_SECONDS = 0.5
 
 
-def address(model_folder: Path) -> str:
-    """The tokens model's name."""
-    return "tensorrt_llm"
+class Refusal(Exception):
+    """What the backend refused or failed: `error`, as a TritonError for the client."""
+
+    def __init__(self, error: Any) -> None:
+        self.error = error
 
 
 class EngineLink:
-    """One request to the tokens model. Iterating yields (header, arrays); the last header has "end" or "error"."""
+    """One request to the tokens model. Iterating yields its tokens, and raises Refusal; then `times` and `context_logits`,
+    float32 [T, V], are there if the backend gave them."""
 
     def __init__(self, name: str, prompt: Sequence[int], sampling: dict[str, Any]) -> None:
         self._name = name
         self._id = uuid.uuid4().hex  # a stop names the request to stop
-        self.given_up = False
+        self.times: Times | None = None
+        self.context_logits: NDArray[np.float32] | None = None
+        self._count = 0
         self._stopped_at: float | None = None
         wanted = [*OUTPUTS, *MOMENTS]
         for option, output in (("logprobs", "output_log_probs"), ("return_context_logits", "context_logits")):
@@ -54,7 +54,6 @@ class EngineLink:
 
     def cancel(self) -> None:
         """Give the request up. May be called again: a stop that overtakes its request is lost, so it is repeated."""
-        self.given_up = True
         now = time.monotonic()
         if self._stopped_at is not None and now < self._stopped_at + AGAIN_SECONDS:
             return
@@ -64,19 +63,19 @@ class EngineLink:
         for _ in self._call(OUTPUTS, arrays).exec(decoupled=True):
             pass
 
-    def __iter__(self) -> Iterator[tuple[Header, Arrays]]:
+    def __iter__(self) -> Iterator[TokenEvent]:
         times: dict[str, int] = {}
-        context: Arrays = []
         for response in self._request.exec(decoupled=True):
             if response.has_error():
-                yield _refusal(response.error()), []
-                return
+                raise Refusal(response.error())
             found = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
-            times |= {name: int(found[name].reshape(-1)[0]) for name in MOMENTS if name in found}
+            times |= {name.removesuffix("_time_ns") + "_ns": int(found[name].reshape(-1)[0]) for name in MOMENTS if name in found}
             if "context_logits" in found:
-                context = [found["context_logits"].reshape(-1, found["context_logits"].shape[-1])]
-            yield from _tokens(found)
-        yield {"end": "", "times": times}, context
+                self.context_logits = found["context_logits"].reshape(-1, found["context_logits"].shape[-1])
+            for event in _tokens(found, self._count):
+                self._count += 1
+                yield event
+        self.times = Times(**times) if "arrival_ns" in times else None
 
     def _call(self, outputs: Sequence[str], arrays: dict[str, NDArray[Any]]) -> Any:
         return pb_utils.InferenceRequest(
@@ -103,7 +102,7 @@ def _tensors(prompt: Sequence[int], sampling: dict[str, Any]) -> dict[str, NDArr
     for name, value in rest.items():
         row = SETS.get(name)
         if row is None or (tensor := row.of(BACKEND)) is None:
-            raise ValueError(f"{name}: {ENGINE} has no such input.")
+            raise ValueError(f"{name}: {TENSORRT_LLM} has no such input.")
         if tensor.dims == WORD_LIST:
             lists[tensor.name] = list(value)
         else:
@@ -117,7 +116,7 @@ def _tensors(prompt: Sequence[int], sampling: dict[str, Any]) -> dict[str, NDArr
     return arrays | {name: sequences_array(sequences)[None] for name, sequences in lists.items() if sequences}
 
 
-def _tokens(found: dict[str, NDArray[Any]]) -> Iterator[tuple[Header, Arrays]]:
+def _tokens(found: dict[str, NDArray[Any]], index: int) -> Iterator[TokenEvent]:
     """The new tokens of one response. Rows of probabilities may cover everything so far: the new ones are the last."""
     count = int(found["sequence_length"].reshape(-1)[0]) if "sequence_length" in found else 0
     tokens = found["output_ids"].reshape(-1)[:count].tolist() if count and "output_ids" in found else []
@@ -125,10 +124,5 @@ def _tokens(found: dict[str, NDArray[Any]]) -> Iterator[tuple[Header, Arrays]]:
     logits = found.get("generation_logits")
     for place, token in enumerate(tokens):
         behind = place - len(tokens)
-        header = {"token": token, "logprob": logprobs[behind] if logprobs else None, "last": False}
-        yield header, [] if logits is None else [logits.reshape(-1, logits.shape[-1])[behind]]
-
-
-def _refusal(error: Any) -> Header:
-    kinds = {pb_utils.TritonError.INVALID_ARG: "RequestError", pb_utils.TritonError.UNAVAILABLE: "CapacityError"}
-    return {"error": error.message(), "kind": kinds.get(error.code(), "")}
+        row = None if logits is None else logits.reshape(-1, logits.shape[-1])[behind]
+        yield TokenEvent(token, index + place, logprobs[behind] if logprobs else None, logits=row)

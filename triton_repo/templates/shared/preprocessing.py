@@ -27,6 +27,7 @@ class TritonPythonModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         config = json.loads(args["model_config"])
         self.tokenizer = Tokenizer.load(HERE / "tokenizer")
+        self.special_tokens = parameter(config, "add_special_tokens", "true") == "true"
         self.end_id = int(parameter(config, "end_id", "-1"))
         self.pad_id = int(parameter(config, "pad_id", "-1"))
 
@@ -40,7 +41,7 @@ class TritonPythonModel:
         return responses
 
     def _encode(self, inputs: Inputs) -> list[Any]:
-        ids = self.tokenizer.encode(text_of(inputs, "QUERY"))
+        ids = self.tokenizer.encode(text_of(inputs, "QUERY"), add_special_tokens=self.special_tokens)
         length = scalar(inputs, "REQUEST_OUTPUT_LEN")
         if length is None or length < 1:
             raise InputError(f"REQUEST_OUTPUT_LEN: expected at least 1, found {length}.")
