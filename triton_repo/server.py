@@ -7,32 +7,32 @@ would be copied to any other Triton.
 from __future__ import annotations
 
 import atexit
+import collections
 import contextlib
-import http.client
 import importlib.metadata
 import importlib.util
 import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from ngpt.errors import ServerError, missing_package, os_trouble
+from triton_repo.machine import HOST, check_port, dead_model, free_ports, http_ok
 
 Probe = Callable[[str], object]
 """Called with ``host:port`` of the gRPC endpoint; must run one real inference and raise if it fails."""
 
-_HOST = "127.0.0.1"
 _LOG_TAIL_LINES = 25
+_LOOK_SECONDS = 0.2
+_MOST_DEATHS, _DEATHS_SECONDS = 5, 600.0
 
 
 def check_numpy() -> None:
@@ -93,7 +93,8 @@ class TritonServer:
         http_port, grpc_port, metrics_port: 0 for any free one.
         probe: the inference that proves it works; ``default_probe`` when None.
         start_timeout: seconds from start to the first good inference.
-        stop_timeout: seconds that requests in flight get after SIGTERM.
+        stop_timeout: seconds that requests in flight get to be answered after SIGTERM; new ones are refused meanwhile.
+        arguments: further ones of tritonserver, such as "--model-control-mode=explicit".
 
     Raises:
         ServerError: a port that cannot be had; the server did not start, or no inference succeeded in time: the log's tail
@@ -112,6 +113,7 @@ class TritonServer:
         probe: Probe | None = None,
         start_timeout: float = 60.0,
         stop_timeout: float = 5.0,
+        arguments: Sequence[str] = (),
     ) -> None:
         self.repository = Path(repository)
         try:
@@ -139,11 +141,14 @@ class TritonServer:
         self._log_wanted = Path(log_path).absolute() if log_path is not None else None
         self.log_path = self._log_wanted or Path()
         self._probe = probe
+        self._arguments = tuple(arguments)
         self._start_timeout = start_timeout
         self._stop_timeout = stop_timeout
         self._process: subprocess.Popen[bytes] | None = None
+        self._stopped = False
         self._shm_prefix = ""
-        self._wanted_ports = (http_port, grpc_port, metrics_port)
+        self._log_start = 0  # where this start's part of the log begins
+        self._wanted_ports: tuple[int, ...] = (http_port, grpc_port, metrics_port)
         self._ports: tuple[int, ...] = self._wanted_ports
 
     @property
@@ -164,17 +169,17 @@ class TritonServer:
     @property
     def http_url(self) -> str:
         """``host:port`` of the HTTP endpoint."""
-        return f"{_HOST}:{self.http_port}"
+        return f"{HOST}:{self.http_port}"
 
     @property
     def grpc_url(self) -> str:
         """``host:port`` of the gRPC endpoint."""
-        return f"{_HOST}:{self.grpc_port}"
+        return f"{HOST}:{self.grpc_port}"
 
     @property
     def metrics_url(self) -> str:
         """``host:port`` of the Prometheus endpoint."""
-        return f"{_HOST}:{self.metrics_port}"
+        return f"{HOST}:{self.metrics_port}"
 
     @property
     def pid(self) -> int | None:
@@ -190,15 +195,19 @@ class TritonServer:
 
     def start(self) -> None:
         """Start the server and wait until an inference has succeeded."""
+        self._stopped = False
         if self._process is not None:
             raise ServerError("the server is already running", found=f"pid {self._process.pid}")
         check_numpy()
         home = triton_home()
         for port in filter(None, self._wanted_ports):
-            _check_port(port)
+            check_port(port)
         try:
-            self._work = Path(tempfile.mkdtemp(prefix="ngpt-triton-"))
-            self.log_path = self._log_wanted or self._work / "server.txt"
+            if self._work == Path():
+                self._work = Path(tempfile.mkdtemp(prefix="ngpt-triton-"))
+                self.log_path = self._log_wanted or self._work / "server.txt"
+                self.log_path.parent.mkdir(parents=True, exist_ok=True)
+                self.log_path.write_bytes(b"")
             backends = self._prepare_backends(home)
             # A port that was free when asked for may be taken by the time the server binds it.
             for attempt in range(3):
@@ -212,11 +221,11 @@ class TritonServer:
                     if attempt == 2 or not port_taken:
                         raise
         except OSError as error:  # of the log, of the scratch folder, of starting the program
-            self.stop()
+            self._clean_up()
             found, remedy = os_trouble(error)
             raise ServerError("the Triton server cannot be started", found=found, remedy=remedy) from error
         except BaseException:  # Ctrl-C and SIGTERM too
-            self.stop()
+            self._clean_up()
             raise
 
     def wait(self) -> None:
@@ -227,8 +236,42 @@ class TritonServer:
             if self._process is not None:
                 raise self._failure("the Triton server stopped")
 
+    def watch(self, say: Callable[[str], object]) -> None:
+        """Block, and start the server again, on the same ports, when it or the process of one of its models has died.
+
+        A dead model's requests would hang, and its server call itself ready: both are ended at once, so that clients see
+        their connections close. ``say`` is told what died, and when it answers again. Raises ServerError when it does not,
+        or when it dies more than five times within ten minutes.
+        """
+        deaths: collections.deque[float] = collections.deque()
+        while (process := self._process) is not None:
+            died = "the Triton server" if process.poll() is not None else dead_model(process.pid)
+            if not died:
+                time.sleep(_LOOK_SECONDS)
+                continue
+            now = time.monotonic()
+            deaths.append(now)
+            while deaths[0] < now - _DEATHS_SECONDS:
+                deaths.popleft()
+            if len(deaths) > _MOST_DEATHS:
+                raise self._failure(f"{died} has died {len(deaths)} times within {_DEATHS_SECONDS / 60:g} minutes")
+            say(f"{died} has died: starting again")
+            self._wanted_ports = self._ports
+            self._terminate(patience=0.0)
+            try:
+                self.start()
+            except ServerError:
+                if self._stopped:  # by another thread
+                    return
+                raise
+            say(f"answers again, {time.monotonic() - now:.1f} s later")
+
     def stop(self) -> None:
         """Stop the server; does nothing when it is not running."""
+        self._stopped = True
+        self._clean_up()
+
+    def _clean_up(self) -> None:
         self._terminate()
         if self._work != Path():
             shutil.rmtree(self._work, ignore_errors=True)
@@ -267,7 +310,7 @@ class TritonServer:
         return environment
 
     def _launch(self, home: Path, backends: Path) -> None:
-        free = _free_ports()
+        free = free_ports()
         self._ports = tuple(wanted or any_free for wanted, any_free in zip(self._wanted_ports, free, strict=True))
         self._shm_prefix = f"ngpt-{os.getpid()}-{secrets.token_hex(4)}"
         command = [
@@ -280,10 +323,11 @@ class TritonServer:
             "--allow-gpu-metrics=false",
             f"--exit-timeout-secs={max(1, int(self._stop_timeout))}",
         ]
+        command += self._arguments
         for name, port in zip(("http", "grpc", "metrics"), self._ports, strict=True):
-            command += [f"--{name}-address={_HOST}", f"--{name}-port={port}"]
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        with self.log_path.open("wb") as log:
+            command += [f"--{name}-address={HOST}", f"--{name}-port={port}"]
+        self._log_start = self.log_path.stat().st_size
+        with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -304,7 +348,7 @@ class TritonServer:
             if self._process is None or self._process.poll() is not None:
                 raise self._failure("the Triton server stopped while starting")
             if not ready:
-                ready = _http_ok(f"http://{self.http_url}/v2/health/ready")
+                ready = http_ok(f"http://{self.http_url}/v2/health/ready")
             if ready:
                 try:
                     probe(self.grpc_url)
@@ -324,17 +368,21 @@ class TritonServer:
         return error
 
     def _log_text(self) -> str:
-        return self.log_path.read_text(errors="replace") if self.log_path.is_file() else ""
+        if not self.log_path.is_file():
+            return ""
+        with self.log_path.open("rb") as log:
+            log.seek(self._log_start)
+            return log.read().decode("utf-8", "replace")
 
-    def _terminate(self) -> None:
+    def _terminate(self, patience: float | None = None) -> None:
         process, self._process = self._process, None
         if process is None:
             return
         atexit.unregister(self._terminate)
         if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGTERM if patience is None else signal.SIGKILL)
             try:
-                process.wait(self._stop_timeout + 5.0)
+                process.wait(self._stop_timeout + 5.0 if patience is None else patience)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -343,39 +391,3 @@ class TritonServer:
             os.killpg(process.pid, signal.SIGKILL)
         for leftover in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
             leftover.unlink(missing_ok=True)
-
-
-def _free_ports() -> tuple[int, int, int]:
-    """Three different free TCP ports (all bound at once, so that they differ)."""
-    sockets = [socket.socket(socket.AF_INET, socket.SOCK_STREAM) for _ in range(3)]
-    try:
-        for each in sockets:
-            each.bind((_HOST, 0))
-        first, second, third = (int(each.getsockname()[1]) for each in sockets)
-        return first, second, third
-    finally:
-        for each in sockets:
-            each.close()
-
-
-def _check_port(port: int) -> None:
-    """Raise ServerError where nothing can listen on the port."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was closed a moment ago is free
-        try:
-            probe.bind((_HOST, port))
-        except OSError as error:
-            raise ServerError(
-                f"port {port} cannot be had on {_HOST}",
-                expected="a free port",
-                found=error.strerror or str(error),
-                remedy="stop what listens there, or choose another (0: any that is free)",
-            ) from error
-
-
-def _http_ok(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2.0) as response:
-            return bool(response.status == 200)
-    except (OSError, http.client.HTTPException):  # URLError is an OSError; the other is what a port says that speaks no HTTP
-        return False

@@ -63,6 +63,16 @@ def add_serve(command: Command) -> None:
     serve.add_argument("--http-port", type=port, default=8000, help="0: any free one, as for the two below")
     serve.add_argument("--grpc-port", type=port, default=8001, help="the one that `generate --url` wants")
     serve.add_argument("--metrics-port", type=port, default=8002, help="Prometheus metrics")
+    serve.add_argument(
+        "--stop-timeout", type=positive, default=30, help="seconds that requests in flight get after SIGTERM or Ctrl-C"
+    )
+    serve.add_argument(
+        "--server-argument",
+        action="append",
+        default=[],
+        metavar="--NAME=VALUE",
+        help="handed to tritonserver as it is, such as --server-argument=--model-control-mode=explicit; may be given again",
+    )
     serve.add_argument("--log", type=Path, help="file for the server's log; a temporary one if not given")
 
 
@@ -145,14 +155,15 @@ def _serve(args: argparse.Namespace) -> int:
     from triton_repo.server import TritonServer
 
     ports = {"http_port": args.http_port, "grpc_port": args.grpc_port, "metrics_port": args.metrics_port}
-    with TritonServer(args.repository, log_path=args.log, **ports) as server:
+    limits = {"stop_timeout": args.stop_timeout, "arguments": args.server_argument}
+    with TritonServer(args.repository, log_path=args.log, **limits, **ports) as server:
         print(
             f"gRPC 127.0.0.1:{server.grpc_port}  HTTP 127.0.0.1:{server.http_port}  metrics 127.0.0.1:{server.metrics_port}",
             flush=True,
         )
         print("press Ctrl-C to stop", flush=True)
         try:
-            server.wait()
+            server.watch(lambda said: print(f"ngpt-deploy serve: {said}", file=sys.stderr, flush=True))
         except KeyboardInterrupt:  # SIGTERM, with which a service manager stops us, too: this is how serving ends
             print("stopping", file=sys.stderr)
     return 0

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import signal
 import socket
 import tempfile
+import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,109 @@ def test_start_and_stop_again_and_again(repository, tmp_path):
         assert server.pid is None and not alive(pid)
         assert not list(Path("/dev/shm").glob(f"{prefix}*"))
     assert texts[0] == texts[1]
+
+
+def in_flight(server, count, expected, **options):
+    """Streams that are under way in threads of their own, and what each ends with: its text, or the error."""
+    found = {}
+
+    def ask(number):
+        try:
+            found[number] = "".join(stream_text(server.grpc_url, "def ", max_tokens=300, ignore_eos=True, **options))
+        except ServerError as error:
+            found[number] = error
+
+    threads = [threading.Thread(target=ask, args=(number,), daemon=True) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    return threads, found
+
+
+@pytest.fixture(scope="module")
+def whole(served):
+    return served.engine.generate_text("def ", 300, ignore_eos=True)
+
+
+def test_what_is_in_flight_is_answered_before_the_server_ends(repository, whole):
+    with TritonServer(repository, start_timeout=90, stop_timeout=60) as server:
+        threads, found = in_flight(server, 12, whole)
+        time.sleep(0.5)
+        server._process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        with pytest.raises(ServerError):  # what is new is refused
+            generate_text(server.grpc_url, "def ", max_tokens=1)
+        for thread in threads:
+            thread.join(60)
+        assert [found[number] for number in range(12)] == [whole] * 12
+
+
+@pytest.mark.parametrize("what", ["model", "server"])
+def test_what_has_died_is_started_again_and_nobody_takes_a_part_for_the_whole(repository, whole, what, tmp_path):
+    said = []
+    server = TritonServer(repository, start_timeout=90, log_path=tmp_path / "log.txt")
+    with server:
+        watching = threading.Thread(target=server.watch, args=(said.append,))
+        watching.start()
+        url, first = server.grpc_url, server.pid
+        threads, found = in_flight(server, 8, whole, timeout=60)
+        time.sleep(0.5)
+        os.kill(first if what == "server" else stub_of("ensemble", first), signal.SIGKILL)
+        for thread in threads:
+            thread.join(20)
+        assert len(found) == 8 and all(answer == whole or isinstance(answer, ServerError) for answer in found.values())
+        deadline = time.monotonic() + 30
+        while len(said) < 2:
+            assert time.monotonic() < deadline, said
+            time.sleep(0.05)
+        assert "has died: starting again" in said[0] and "answers again" in said[1]
+        assert server.grpc_url == url and server.pid != first
+        assert generate_text(url, "def ", max_tokens=300, ignore_eos=True) == whole
+    watching.join(10)
+    assert not watching.is_alive() and len(said) == 2
+
+
+def stub_of(model, server):
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            line = (stat.parent / "cmdline").read_text()
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == server and f"{model}/" in line:
+                return int(stat.parent.name)
+        except OSError:
+            continue
+    raise AssertionError(f"no process of {model}")
+
+
+def test_a_server_that_dies_again_and_again_is_given_up(repository, monkeypatch):
+    monkeypatch.setattr("triton_repo.server._MOST_DEATHS", 1)
+    said = []
+    with TritonServer(repository, start_timeout=90) as server:
+        threading.Thread(
+            target=lambda: [os.kill(server.pid, signal.SIGKILL), time.sleep(6), os.kill(server.pid, signal.SIGKILL)]
+        ).start()
+        with pytest.raises(ServerError, match="has died 2 times within"):
+            server.watch(said.append)
+    assert len(said) == 2
+
+
+def test_a_model_is_reloaded_unloaded_and_loaded_while_requests_come(repository, whole):
+    models = sorted(path.name for path in repository.iterdir())
+    arguments = ["--model-control-mode=explicit", *(f"--load-model={name}" for name in models)]
+    with TritonServer(repository, start_timeout=90, arguments=arguments) as server:
+
+        def change(what):
+            request = urllib.request.Request(f"http://{server.http_url}/v2/repository/models/ensemble/{what}", b"{}")
+            with urllib.request.urlopen(request, timeout=60) as response:
+                assert response.status == 200
+
+        for what in ("load", "load", "unload"):
+            threads, found = in_flight(server, 6, whole)
+            time.sleep(0.3)
+            change(what)
+            for thread in threads:
+                thread.join(60)
+            assert [found[number] for number in range(6)] == [whole] * 6, what
+        change("load")
+        assert generate_text(server.grpc_url, "def ", max_tokens=300, ignore_eos=True) == whole
 
 
 def test_a_repository_moved_elsewhere_serves(repository, tmp_path):
