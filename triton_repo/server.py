@@ -32,6 +32,7 @@ Probe = Callable[[str], object]
 
 _LOG_TAIL_LINES = 25
 _LOOK_SECONDS = 0.2
+_ALL_ANSWERED, _UNLOAD_SECONDS = b"All models are stopped, unloading models", 5.0
 _MOST_DEATHS, _DEATHS_SECONDS = 5, 600.0
 
 
@@ -374,18 +375,35 @@ class TritonServer:
             log.seek(self._log_start)
             return log.read().decode("utf-8", "replace")
 
+    def _let_end(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait until a server that was told to stop has ended, or has nothing left to answer.
+
+        A request that its client cancels just as it ends is counted on by server 2.51 for ever: the model is then never
+        unloaded, and the server waits out its whole limit. Its log says when all are answered.
+        """
+        start = time.monotonic()
+        limit = self._stop_timeout + 5.0
+        with self.log_path.open("rb") as log:
+            log.seek(0, os.SEEK_END)
+            said = b""
+            while process.poll() is None and time.monotonic() < start + limit:
+                said = said[-len(_ALL_ANSWERED) :] + log.read()
+                if _ALL_ANSWERED in said:
+                    limit = min(limit, time.monotonic() - start + _UNLOAD_SECONDS)
+                    said = b""
+                time.sleep(0.02)
+
     def _terminate(self, patience: float | None = None) -> None:
         process, self._process = self._process, None
         if process is None:
             return
         atexit.unregister(self._terminate)
+        if process.poll() is None and patience is None:
+            process.send_signal(signal.SIGTERM)
+            self._let_end(process)
         if process.poll() is None:
-            process.send_signal(signal.SIGTERM if patience is None else signal.SIGKILL)
-            try:
-                process.wait(self._stop_timeout + 5.0 if patience is None else patience)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.kill()
+            process.wait()
         # The server leads a session of its own: whatever is left in it are its orphaned model processes.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
