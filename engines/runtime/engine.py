@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from .compatibility import slots_for
 from .errors import ClosedError, EngineFileError, RequestError, RunnerError, ServingError
 from .events import TokenEvent
+from .guidance import Guides
 from .manifest import Manifest, contained_path, read_manifest
 from .manifest import verify_files as check_files
 from .request import RequestHandle
@@ -65,6 +66,7 @@ class Engine:
         self.manifest = manifest
         self.scheduler = Scheduler(runner, prefill_chunk=prefill_chunk, max_queue=max_queue)
         self._tokenizer = tokenizer
+        self._guides: Guides | None = None
         self._closed = False
         # Ends the scheduler's thread when an engine is dropped without close(), at the latest with the interpreter.
         self._finalizer = weakref.finalize(self, _shut_down, self.scheduler, runner)
@@ -176,7 +178,7 @@ class Engine:
             handles: list[RequestHandle] = []
             try:
                 for prompt in checked[first : first + self.scheduler.max_queue]:
-                    handles.append(self.scheduler.submit(prompt, params))
+                    handles.append(self._submit(prompt, params))
                 results.extend([handle.result().tokens for handle in handles])
             finally:
                 _abandon(handles)
@@ -240,9 +242,15 @@ class Engine:
 
     def _submit(self, prompt: Sequence[int] | Tokens, params: SamplingParams) -> RequestHandle:
         self._start()
-        handle = self.scheduler.submit(prompt, params)
+        constraint = None if params.guide is None else self._guides_of_tokenizer().constraint(params.guide)
+        handle = self.scheduler.submit(prompt, params, constraint=constraint)
         handle.owner = self
         return handle
+
+    def _guides_of_tokenizer(self) -> Guides:
+        if self._guides is None:
+            self._guides = Guides(self.tokenizer, self.runner.vocab_size)
+        return self._guides
 
     def _start(self) -> None:
         if self._closed:

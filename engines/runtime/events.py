@@ -19,7 +19,8 @@ class TokenEvent:
 
     ``index`` counts the request's tokens from 0. The eos token, and the tokens of a stop sequence, are delivered
     like any other; ``stop_sequence`` says which tokens at the end of the output made it stop. ``logits`` is the
-    model's own float32 [V] row when return_generation_logits was asked. When a request ends by "cancelled" or
+    model's own float32 [V] row when return_generation_logits was asked, ``top_logprobs`` the
+    most probable tokens of that row with their log-probabilities, the likeliest first. When a request ends by "cancelled" or
     "error" its last event carries no token: ``token`` is -1 (NO_TOKEN) and ``has_token`` is False.
     """
 
@@ -29,6 +30,7 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     stop_sequence: tuple[int, ...] = ()
     logits: Logits | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
     @property
     def has_token(self) -> bool:
@@ -57,6 +59,7 @@ class Result:
     times: Times
     context_logits: Logits | None
     generation_logits: Logits | None
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
 
     @property
     def cumulative_logprob(self) -> float:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from .errors import RequestError, RunnerError
 from .events import FinishReason
+from .guidance import Constraint
 from .sampling import SamplingParams
 
 Row = NDArray[np.float32]
@@ -23,8 +24,13 @@ class Sampler:
     its argument. Raises RunnerError for logits that are not numbers, RequestError when every token is forbidden.
     """
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab_size: int) -> None:
+    def __init__(
+        self, params: SamplingParams, prompt: Sequence[int], vocab_size: int, constraint: Constraint | None = None
+    ) -> None:
         self.params = params
+        self._constraint = constraint
+        self._bias_ids = np.array([token for token, _ in params.logit_bias], dtype=np.int64)
+        self._bias = np.array([value for _, value in params.logit_bias], dtype=np.float64)
         self.output: list[int] = []
         self._random = None if params.greedy else np.random.Generator(np.random.PCG64(params.seed))
         self._eos = np.array([] if params.ignore_eos else params.eos_token_ids, dtype=np.int64)
@@ -54,6 +60,8 @@ class Sampler:
     def finish_reason(self) -> FinishReason | None:
         """Why the output ends with the token chosen last: "eos", "stop", "length", or None when it does not."""
         params, output = self.params, self.output
+        if self._constraint is not None and self._constraint.complete:
+            return "eos" if output[-1] in self._eos else "stop"
         if output[-1] in params.eos_token_ids and not params.ignore_eos:
             return "eos"
         if len(output) >= params.min_new_tokens and self.stop_match():
@@ -66,11 +74,14 @@ class Sampler:
         return max(fitting, key=len, default=())
 
     def _adjust(self, logits: Row) -> Row:
-        """Logits with penalties and bans; the very same array when there are none."""
+        """Logits with bias, penalties and bans; the very same array when there are none."""
         forbidden = self._forbidden()
-        if not (self._repeats or (self._counts_matter and self._counts) or len(forbidden)):
+        guided, biased = self._constraint is not None, len(self._bias_ids) > 0
+        if not (self._repeats or (self._counts_matter and self._counts) or len(forbidden) or guided or biased):
             return logits
         out = logits.astype(np.float32, copy=True)
+        if biased:
+            out[self._bias_ids] = _finite(out[self._bias_ids].astype(np.float64) + self._bias)
         # In float64 and clipped, so that no penalty, however extreme, turns a logit into Inf or NaN.
         if self._repeats:
             ids = np.fromiter(self._seen, dtype=np.int64, count=len(self._seen))
@@ -82,6 +93,11 @@ class Sampler:
             penalties = self.params.presence_penalty + self.params.frequency_penalty * counts
             out[ids] = _finite(out[ids].astype(np.float64) - penalties)
         out[forbidden] = -np.inf
+        if self._constraint is not None:
+            allowed, may_end = self._constraint.allowed()
+            if may_end:  # unless it is among the forbidden, for too few tokens are out
+                allowed[self._eos] = True
+            out[~allowed] = -np.inf
         return out
 
     def _forbidden(self) -> NDArray[np.int64]:
@@ -125,6 +141,8 @@ class Sampler:
 
     def _remember(self, token: int) -> None:
         self.output.append(token)
+        if self._constraint is not None and token not in self._eos:
+            self._constraint.accept(token)
         if self._repeats:
             self._seen[token] = None
         if self._counts_matter:
@@ -143,6 +161,15 @@ def log_probability(logits: Row, token: int) -> float:
     peak = logits.max()
     total = np.exp(logits - peak).sum(dtype=np.float64)
     return float(logits[token]) - float(peak) - float(np.log(total))
+
+
+def top_log_probabilities(logits: Row, count: int) -> tuple[tuple[int, float], ...]:
+    """The `count` most probable tokens of float32 [V], the likeliest first and of equals the first, with log softmax."""
+    ids = _largest(logits, min(count, len(logits)))
+    ids = ids[np.lexsort((ids, -logits[ids].astype(np.float64)))][:count]
+    peak = logits.max()
+    total = float(np.log(np.exp(logits - peak).sum(dtype=np.float64)))
+    return tuple((int(token), float(logits[token]) - float(peak) - total) for token in ids)
 
 
 def _truncate(logits: Row, params: SamplingParams) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

@@ -13,9 +13,10 @@ import numpy as np
 from .checks import as_serving_error, as_tokens, check_room, check_shape
 from .errors import CapacityError, ClosedError, RequestError, ServingError
 from .events import FinishReason, TokenEvent
+from .guidance import Constraint
 from .request import RequestHandle
 from .runner import Logits, Runner, Tokens
-from .sampler import Sampler
+from .sampler import Sampler, top_log_probabilities
 from .sampling import SamplingParams
 from .stats import Counters, Stats
 
@@ -68,15 +69,18 @@ class Scheduler:
         params: SamplingParams | None = None,
         *,
         on_event: Callable[[TokenEvent], None] | None = None,
+        constraint: Constraint | None = None,
     ) -> RequestHandle:
         """Queue a request. `on_event` is called with every event by whichever thread steps or cancels: it must be
-        quick, and must not wait for a request.
+        quick, and must not wait for a request. `constraint` is the compiled `params.guide`, for this request alone.
 
         Raises RequestError for a prompt or options this model cannot serve, CapacityError when `max_queue`
         requests wait already, ClosedError after `stop`.
         """
         params = params or SamplingParams()
-        return self._enqueue(RequestHandle(self, self.check(prompt, params), params, on_event))
+        if (params.guide is None) != (constraint is None):
+            raise RequestError("guide", expected="compiled", found="a guide alone", remedy="Submit it through the engine.")
+        return self._enqueue(RequestHandle(self, self.check(prompt, params), params, on_event, constraint=constraint))
 
     def score(self, prompt: Sequence[int] | Tokens) -> RequestHandle:
         """Queue a prompt to be read only: `context_logits` float32 [T, V], no new tokens. Raises as `submit`."""
@@ -242,7 +246,7 @@ class Scheduler:
             except Exception as error:
                 self._end(handle, "error", as_serving_error("the runner could not open a slot", error))
                 continue
-            sampler = Sampler(handle.params, handle.prompt.tolist(), self.runner.vocab_size)
+            sampler = Sampler(handle.params, handle.prompt.tolist(), self.runner.vocab_size, handle.constraint)
             self._active.append(_Active(handle, slot, sampler))
             handle.mark_scheduled()
 
@@ -312,6 +316,7 @@ class Scheduler:
             finish_reason=reason,
             stop_sequence=sampler.stop_match() if reason == "stop" else (),
             logits=np.array(logits, dtype=np.float32) if handle.params.return_generation_logits else None,
+            top_logprobs=top_log_probabilities(logits, handle.params.top_logprobs) if handle.params.top_logprobs else (),
         )
         active.next_token = token
         if reason is not None:

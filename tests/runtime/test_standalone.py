@@ -46,7 +46,7 @@ assert not heavy, heavy
 def test_the_public_names_are_these() -> None:
     """Others build on them: a change here is a change of the interface."""
     assert sorted(engines.runtime.__all__) == [
-        "Cancelled", "CapacityError", "ClosedError", "Engine", "EngineFileError", "FileEntry", "Manifest", "MissingRuntimeError",
+        "Cancelled", "CapacityError", "ClosedError", "Engine", "EngineFileError", "FileEntry", "Guide", "Manifest", "MissingRuntimeError",
         "ModelInfo", "RequestError", "RequestHandle", "Result", "Runner", "RunnerError", "SamplingParams", "Scheduler",
         "ServingError", "Stats", "TargetInfo", "TextStream", "Times", "TokenEvent", "Tokenizer", "load_engine", "read_manifest",
         "verify_files", "write_manifest",

@@ -16,7 +16,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # what was copied beside this file, before anything that is installed
 
-from engines.runtime import RequestHandle, SamplingParams, load_engine
+from engines.runtime import Guide, RequestHandle, load_engine
 from engines.runtime.cuda import use_device
 from engines.runtime.errors import CapacityError, ClosedError, RequestError
 from engines.runtime.text import TextStream, Tokenizer
@@ -160,13 +160,9 @@ class TritonPythonModel:
         )
         sampling = options.sampling | word_lists(inputs, self.model.vocab_size) | {"max_new_tokens": most}
         sampling["min_new_tokens"] = min(sampling.get("min_new_tokens", 0), most)
-        if "eos_token_ids" not in sampling:
-            sampling["eos_token_ids"] = self.model.eos_token_ids
         if bias := logit_bias(inputs, self.model.vocab_size):
             sampling["logit_bias"] = bias
         if (guide := guide_of(inputs)) is not None:
-            from engines.runtime.guidance import Guide
-
             sampling["guide"] = Guide(*guide)
         stop, bad = words_of(inputs, "stop_words"), words_of(inputs, "bad_words")
         if bad:
@@ -194,7 +190,7 @@ class TritonPythonModel:
             ids=text is None or options.wants("return_output_ids"),
             wanted=running.wanted,
         )
-        handle = self.engine.scheduler.submit(prompt, SamplingParams.from_options(**sampling))
+        handle = self.engine.submit(prompt, **sampling)
         running.work_on(handle)
         return answer, handle
 
