@@ -27,7 +27,7 @@ class Tokenizer:
         # A file may have been saved with either on; a prompt must be encoded whole and as it is.
         raw.no_truncation()
         raw.no_padding()
-        # A ByteFallback decoder reads a run of <0xNN> tokens as a whole, so a later one can undo an earlier one.
+        # A ByteFallback decoder reads a run of <0xNN> tokens as a whole.
         self._byte_runs = raw.decoder is not None and b"ByteFallback" in bytes(raw.decoder.__getstate__())
 
         self._special = {at for at, token in raw.get_added_tokens_decoder().items() if token.special}
@@ -104,12 +104,10 @@ class Tokenizer:
                 remedy="Shorten it.",
             )
 
-    def may_change(self, token: int) -> bool:
-        """Whether the text of this token can still be changed by the tokens after it."""
-        if not self._byte_runs:
-            return False
-        name = self.raw.id_to_token(token)
-        return name is not None and _BYTE_TOKEN.fullmatch(name) is not None
+    def byte_of(self, token: int) -> int | None:
+        """The byte that a token stands for where single bytes are spelled <0xNN>, or None."""
+        name = self.raw.id_to_token(token) if self._byte_runs else None
+        return int(name[3:5], 16) if name is not None and _BYTE_TOKEN.fullmatch(name) else None
 
 
 class StopStrings:
@@ -145,8 +143,34 @@ class StopStrings:
         return held
 
 
+class _Bytes:
+    """A run of single bytes, turned into characters as soon as each is whole; U+FFFD for each byte that belongs to none."""
+
+    def __init__(self) -> None:
+        self._held = b""
+
+    def push(self, byte: int) -> str:
+        text, self._held = "", self._held + bytes([byte])
+        while self._held:
+            try:
+                whole, self._held = self._held.decode("utf-8"), b""
+                return text + whole
+            except UnicodeDecodeError as error:
+                if error.reason == "unexpected end of data":
+                    return text
+                text, self._held = text + _UNFINISHED, self._held[1:]
+        return text
+
+    def flush(self) -> str:
+        held, self._held = self._held, b""
+        return _UNFINISHED * len(held)
+
+
 class TextStream:
     """Tokens in, text out: all that push() and flush() return together is decode(all tokens).
+
+    But for one thing, which is the same streamed or not: a decoder of the ByteFallback kind turns a whole run of single bytes
+    into replacement characters when one of them is wrong, an emoji before it included. Here what was right stays.
 
     No piece ends inside a character, and a leading space that a decoder drops only at the start is kept
     elsewhere, for each token is decoded with the ones before it, those of the prompt (`context`) included. With `stop`, the
@@ -173,6 +197,7 @@ class TextStream:
         self._window: list[int] = []
         self._settled = 0
         self._given = 0  # characters of the window's text that are out
+        self._run: _Bytes | None = None  # while the last tokens are single bytes, whose text is not the window's affair
         for token in context[-_CONTEXT:]:
             if not tokenizer.is_silent(token, skip_special_tokens=skip_special_tokens):
                 self._window.append(token)
@@ -199,25 +224,45 @@ class TextStream:
             return rest
         if self._tokenizer.is_silent(token, skip_special_tokens=self._skip):
             return self._search("")  # left out of the window too: bytes before and after it may make one character
+        before = self._enter_or_leave_run(byte := self._tokenizer.byte_of(token))
         self._window.append(token)
+        if byte is not None and self._run is not None:
+            return self._search(before + self._run.push(byte))
         text = self._tokenizer.decode(self._window, skip_special_tokens=self._skip)
-        piece = ""
-        if not self._tokenizer.may_change(token):
-            # Bytes that end in the middle of a character show as one replacement character, the last.
-            unfinished = text.endswith(_UNFINISHED)
-            certain = len(text) - unfinished
-            piece = text[self._given : certain]
-            self._given = max(self._given, certain)
-            if not unfinished and piece:
-                self._slide()
-        return self._search(piece)
+        # Bytes that end in the middle of a character show as one replacement character, the last.
+        unfinished = text.endswith(_UNFINISHED)
+        certain = len(text) - unfinished
+        piece = text[self._given : certain]
+        self._given = max(self._given, certain)
+        if not unfinished and piece:
+            self._slide()
+        return self._search(before + piece)
 
     def flush(self) -> str:
         """The rest of the text, when no more tokens come."""
-        text = self._tokenizer.decode(self._window, skip_special_tokens=self._skip)
-        piece, self._given = text[self._given :], len(text)
+        piece = self._rest()
         rest = piece if self._unsearched >= 0 else self._stops.push(piece)
         return rest + self._stops.flush()
+
+    def _rest(self) -> str:
+        """What is still to be told of the tokens so far, when what follows cannot change it."""
+        if self._run is not None:
+            run, self._run = self._run, None
+            self._window = self._window[-_CONTEXT:]
+            self._settled = len(self._window)
+            self._given = len(self._tokenizer.decode(self._window, skip_special_tokens=self._skip))
+            return run.flush()
+        text = self._tokenizer.decode(self._window, skip_special_tokens=self._skip)
+        piece, self._given = text[self._given :], len(text)
+        return piece
+
+    def _enter_or_leave_run(self, byte: int | None) -> str:
+        """The text that is certain because a run of single bytes begins or ends here."""
+        if (byte is None) == (self._run is None):
+            return ""
+        piece = self._rest()
+        self._run = None if byte is None else _Bytes()
+        return piece
 
     def _slide(self) -> None:
         """Leave in the window only what was added since the last slide: it ends with a whole character, and gives
