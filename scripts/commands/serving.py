@@ -9,6 +9,7 @@ from typing import Any
 
 from ngpt.errors import PackagingError
 from scripts.commands.options import Command, add_text, gpu_numbers, port, positive
+from scripts.commands.talking import add_frontend, settings_of
 from scripts.terminal import harmless
 from triton_repo.interface import TEXT, Input, options
 
@@ -73,7 +74,9 @@ def add_serve(command: Command) -> None:
         metavar="--NAME=VALUE",
         help="handed to tritonserver as it is, such as --server-argument=--model-control-mode=explicit; may be given again",
     )
+    serve.add_argument("--openai-port", type=port, help="OpenAI's interface on this port, too; 0: any free one")
     serve.add_argument("--log", type=Path, help="file for the server's log; a temporary one if not given")
+    add_frontend(serve)
 
 
 def add_generate(command: Command) -> None:
@@ -152,21 +155,33 @@ def _refuse(args: argparse.Namespace, of: str, *names: str) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    from triton_repo.openai.run import Frontend
     from triton_repo.server import TritonServer
 
     ports = {"http_port": args.http_port, "grpc_port": args.grpc_port, "metrics_port": args.metrics_port}
     limits = {"stop_timeout": args.stop_timeout, "arguments": args.server_argument}
-    with TritonServer(args.repository, log_path=args.log, **limits, **ports) as server:
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(TritonServer(args.repository, log_path=args.log, **limits, **ports))
+        frontend = None
+        if args.openai_port is not None:
+            # Left first: what it has begun is answered by the server behind it.
+            frontend = stack.enter_context(Frontend(settings_of(args, server.grpc_url, args.openai_port), _say))
         print(
             f"gRPC 127.0.0.1:{server.grpc_port}  HTTP 127.0.0.1:{server.http_port}  metrics 127.0.0.1:{server.metrics_port}",
             flush=True,
         )
+        if frontend is not None:
+            print(f"OpenAI {frontend.base_url}", flush=True)
         print("press Ctrl-C to stop", flush=True)
         try:
-            server.watch(lambda said: print(f"ngpt-deploy serve: {said}", file=sys.stderr, flush=True))
+            server.watch(_say)
         except KeyboardInterrupt:  # SIGTERM, with which a service manager stops us, too: this is how serving ends
             print("stopping", file=sys.stderr)
     return 0
+
+
+def _say(said: str) -> None:
+    print(f"ngpt-deploy serve: {said}", file=sys.stderr, flush=True)
 
 
 def _generate(args: argparse.Namespace) -> int:
