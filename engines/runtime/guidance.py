@@ -22,7 +22,9 @@ from .text import Tokenizer
 KINDS = ("json", "json_schema", "regex", "choice", "ebnf_grammar", "lark_grammar")
 MAX_GUIDE_CHARS = 1 << 18
 MAX_CHOICES = 10_000
-_FORMATS = {"json": "json_schema", "ebnf_grammar": "ebnf", "lark_grammar": "lark"}
+JSON_SPACE = "[ \\n]{0,24}"
+"""White space between the parts of JSON: enough to indent it, and not so much that a model can go on with it for ever."""
+_FORMATS = {"ebnf_grammar": "ebnf", "lark_grammar": "lark"}
 _ANY_OBJECT = '{"type": "object"}'
 _END = "<|the guide may end here|>"
 
@@ -95,12 +97,14 @@ class Guides:
         MissingRuntimeError."""
         library, tokens, size, end = self._library()
         text = guide.text
-        if guide.kind == "json":
-            text = _ANY_OBJECT
-        elif guide.kind == "choice":
+        if guide.kind == "choice":
             text = json.dumps(_choices(text))
         try:
-            grammar = importlib.import_module("llguidance").grammar_from(_FORMATS.get(guide.kind, guide.kind), text)
+            if guide.kind in ("json", "json_schema"):
+                schema = text if guide.kind == "json_schema" else _ANY_OBJECT
+                grammar = library.LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": JSON_SPACE})
+            else:
+                grammar = library.grammar_from(_FORMATS.get(guide.kind, guide.kind), text)
         except Exception as error:  # ValueError, or whatever its converter stumbles over
             raise _refused(str(error)) from error
         limits = library.LLParserLimits(verbose_errors=False)

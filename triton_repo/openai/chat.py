@@ -99,15 +99,19 @@ class Chat:
         if (request.top_logprobs or 0) and not request.logprobs:
             raise ApiError("top_logprobs: expected logprobs to be true.", param="top_logprobs")
         prompt = self._prompt()
-        self._opened = style.reasoning is not None and prompt.rstrip().endswith(style.reasoning.open)
+        # A template that switches reasoning off closes it in the prompt.
+        self._reasons = (
+            style.reasoning if style.reasoning is None or not prompt.rstrip().endswith(style.reasoning.close) else None
+        )
+        self._opened = self._reasons is not None and prompt.rstrip().endswith(self._reasons.open)
         forced = guides.tool(request)
         self._forced = None if forced is None else forced[1] or ""
         guide = forced[0] if forced is not None else guides.of(request)
         special = model.tokenizer.special_token
         tags = [tag for each in (style.reasoning, style.tool_calls) if each is not None for tag in (each.open, each.close)]
-        if guide is not None and style.reasoning is not None:
-            opening = (self._opened, special(style.reasoning.open))
-            guide = guides.after_reasoning(guide, style.reasoning, special(style.reasoning.close), opening)
+        if guide is not None and self._reasons is not None:
+            opening = (self._opened, special(self._reasons.open))
+            guide = guides.after_reasoning(guide, self._reasons, special(self._reasons.close), opening)
         # A tag that is a special token is in the text only if those are shown.
         shown = any(special(tag) is not None for tag in tags)
         skip = not shown if request.skip_special_tokens is None else request.skip_special_tokens
@@ -155,7 +159,7 @@ class Chat:
 
     def _choice(self) -> _Choice:
         style = self._style
-        reasoning = None if style.reasoning is None else Splitter(style.reasoning, inside=self._opened, once=True)
+        reasoning = None if self._reasons is None else Splitter(self._reasons, inside=self._opened, once=True)
         calls = None if style.tool_calls is None or not self._request.tools else Splitter(style.tool_calls)
         if self._request.tool_choice == "none":
             calls = None

@@ -84,10 +84,10 @@ def tensors(request: Request, ask: Ask, model: Model) -> dict[str, NDArray[Any]]
 
 def sampling(request: Request, generation: Mapping[str, float | bool]) -> dict[str, float | int]:
     """How tokens are chosen: as the request says, else as the model's generation_config.json does, else by OpenAI's defaults
-    (temperature 1). A model whose own settings say do_sample false is greedy unless the request gives a temperature."""
+    (temperature 1). do_sample is passed over, as in vLLM: transformers writes it as false where nobody has decided it."""
     found: dict[str, float | int] = {}
-    usual = 0.0 if generation.get("do_sample") is False else float(generation.get("temperature", 1.0))
-    found["temperature"] = usual if request.temperature is None else request.temperature
+    temperature = request.temperature if request.temperature is not None else generation.get("temperature", 1.0)
+    found["temperature"] = float(temperature)
     for name in ("top_p", "min_p", "repetition_penalty"):
         value = getattr(request, name)
         value = generation.get(name) if value is None else value

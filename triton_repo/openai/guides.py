@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from engines.runtime.guidance import JSON_SPACE
 from triton_repo.openai.errors import ApiError
 from triton_repo.openai.requests import ChatRequest, Request
 from triton_repo.openai.tags import Tags
@@ -84,7 +85,8 @@ def after_reasoning(guide: Guide, tags: Tags, token: int | None, opened: tuple[b
     else:
         reasoning += " WHITE?"
     if kind in ("json", "json_schema"):
-        answer = f"answer: %json {text or ANY_OBJECT}\n"
+        schema = json.loads(text or ANY_OBJECT) | {"x-guidance": {"whitespace_pattern": JSON_SPACE}}
+        answer = f"answer: %json {json.dumps(schema)}\n"
     elif kind == "regex":
         answer = f"answer: /{text.replace('/', chr(92) + '/')}/\n"
     elif kind == "choice":
