@@ -41,7 +41,7 @@ class _Choice:
 
     def push(self, text: str) -> Iterator[dict[str, Any]]:
         """Deltas for a piece of text."""
-        for inside, part in self.reasoning.push(text) if self.reasoning is not None else [(False, text)]:
+        for inside, part, _ in self.reasoning.push(text) if self.reasoning is not None else [(False, text, False)]:
             yield from [{"reasoning_content": part}] * bool(part) if inside else self._content(part)
 
     def flush(self) -> Iterator[dict[str, Any]]:
@@ -49,8 +49,9 @@ class _Choice:
         for inside, part in self.reasoning.flush() if self.reasoning is not None else ():
             yield from [{"reasoning_content": part}] * bool(part) if inside else self._content(part)
         for inside, part in self.calls.flush() if self.calls is not None else ():
-            yield from self._call(part, whole=False) if inside else self._plain(part)
-        if self.forced == "" and self.held:
+            self.held += part if inside else ""
+            yield from self._plain("" if inside else part)
+        if self.held:
             yield from self._call(self.held)
 
     def _content(self, text: str) -> Iterator[dict[str, Any]]:
@@ -65,17 +66,17 @@ class _Choice:
         elif self.calls is None:
             yield from self._plain(text)
         else:
-            for inside, part in self.calls.push(text):
+            for inside, part, closed in self.calls.push(text):
                 if inside:
                     self.held += part
-                    if not self.calls.inside:
+                    if closed:
                         yield from self._call(self.held)
                         self.held = ""
                 else:
                     yield from self._plain(part)
 
-    def _call(self, text: str, *, whole: bool = True) -> Iterator[dict[str, Any]]:
-        call = tool_call(self.held + text if not whole else text)
+    def _call(self, text: str) -> Iterator[dict[str, Any]]:
+        call = tool_call(text)
         if call is None:  # what was meant as one and is none: the client sees what the model said
             yield from self._plain(text)
             return

@@ -26,15 +26,15 @@ class Splitter:
         self._tags, self.inside, self._once = tags, inside, once
         self._held, self._closed = "", False
 
-    def push(self, text: str) -> Iterator[tuple[bool, str]]:
-        """Pairs of whether it is inside, and text; what may be the beginning of a tag is held back. A closing tag is told as
-        (True, "") at least."""
+    def push(self, text: str) -> Iterator[tuple[bool, str, bool]]:
+        """Whether it is inside, the text, and whether a closing tag came behind it; what may be the beginning of a tag is held
+        back."""
         self._held += text
         while True:
             if self._once and self._closed:
                 rest, self._held = self._held, ""
                 if rest:
-                    yield False, rest
+                    yield False, rest, False
                 return
             tag = self._tags.close if self.inside else self._tags.open
             place = self._held.find(tag)
@@ -44,10 +44,10 @@ class Splitter:
                 )
                 ready, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
                 if ready:
-                    yield self.inside, ready
+                    yield self.inside, ready, False
                 return
             if place or self.inside:
-                yield self.inside, self._held[:place]
+                yield self.inside, self._held[:place], self.inside
             self._held = self._held[place + len(tag) :]
             self._closed = self._closed or self.inside
             self.inside = not self.inside
