@@ -208,6 +208,7 @@ class Engine:
         *,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
+        add_special_tokens: bool = True,
         **sampling: Any,
     ) -> Iterator[str]:
         """The continuation of a text, in pieces as they come.
@@ -216,6 +217,8 @@ class Engine:
             prompt: text; bytes are read as UTF-8.
             max_new_tokens, ignore_eos, sampling: as in `generate`.
             stop: strings; the text ends before the first of them.
+            add_special_tokens: whether the tokenizer adds its own, such as a bos, to the prompt; a rendered chat template has
+                them already.
 
         Yields:
             Pieces of text, none of them empty.
@@ -223,7 +226,7 @@ class Engine:
         Raises:
             ServingError: as `generate`, and EngineFileError where the engine has no tokenizer.
         """
-        tokens = self.tokenizer.encode(prompt)
+        tokens = self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
         params = self.params(max_new_tokens, ignore_eos, **sampling)
         stream = TextStream(self.tokenizer, stop, min_tokens=params.min_new_tokens, context=tokens)
         return _pieces(self._submit(tokens, params), stream)
@@ -235,10 +238,14 @@ class Engine:
         *,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
+        add_special_tokens: bool = True,
         **sampling: Any,
     ) -> str:
         """The continuation of a text, without the prompt and without special tokens. Arguments and errors as in `stream_text`."""
-        return "".join(self.stream_text(prompt, max_new_tokens, stop=stop, ignore_eos=ignore_eos, **sampling))
+        pieces = self.stream_text(
+            prompt, max_new_tokens, stop=stop, ignore_eos=ignore_eos, add_special_tokens=add_special_tokens, **sampling
+        )
+        return "".join(pieces)
 
     def _submit(self, prompt: Sequence[int] | Tokens, params: SamplingParams) -> RequestHandle:
         self._start()
