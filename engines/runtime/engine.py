@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from .compatibility import slots_for
 from .errors import ClosedError, EngineFileError, RequestError, RunnerError, ServingError
 from .events import TokenEvent
+from .guidance import GuideCompiler
 from .manifest import Manifest, contained_path, read_manifest
 from .manifest import verify_files as check_files
 from .request import RequestHandle
@@ -63,7 +64,8 @@ class Engine:
     ) -> None:
         self.runner = runner
         self.manifest = manifest
-        self.scheduler = Scheduler(runner, prefill_chunk=prefill_chunk, max_queue=max_queue)
+        guides = GuideCompiler(tokenizer.raw if tokenizer is not None else None, runner.vocab_size)
+        self.scheduler = Scheduler(runner, prefill_chunk=prefill_chunk, max_queue=max_queue, guides=guides)
         self._tokenizer = tokenizer
         self._closed = False
         # Ends the scheduler's thread when an engine is dropped without close(), at the latest with the interpreter.
@@ -164,7 +166,8 @@ class Engine:
             The new tokens of each prompt alone, an end token included.
 
         Raises:
-            RequestError: a prompt or an option is out of range.
+            RequestError: a prompt or an option is out of range, or a guide cannot be followed.
+            MissingRuntimeError: a guide needs llguidance, which is not installed.
             CapacityError: too many requests wait already.
             RunnerError: the runtime failed.
         """
