@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from .compatibility import slots_for
 from .errors import ClosedError, EngineFileError, RequestError, RunnerError, ServingError
 from .events import TokenEvent
-from .guidance import Guides
+from .guidance import GuideCompiler
 from .manifest import Manifest, contained_path, read_manifest
 from .manifest import verify_files as check_files
 from .request import RequestHandle
@@ -64,9 +64,9 @@ class Engine:
     ) -> None:
         self.runner = runner
         self.manifest = manifest
-        self.scheduler = Scheduler(runner, prefill_chunk=prefill_chunk, max_queue=max_queue)
+        guides = GuideCompiler(tokenizer.raw if tokenizer is not None else None, runner.vocab_size)
+        self.scheduler = Scheduler(runner, prefill_chunk=prefill_chunk, max_queue=max_queue, guides=guides)
         self._tokenizer = tokenizer
-        self._guides: Guides | None = None
         self._closed = False
         # Ends the scheduler's thread when an engine is dropped without close(), at the latest with the interpreter.
         self._finalizer = weakref.finalize(self, _shut_down, self.scheduler, runner)
@@ -166,7 +166,8 @@ class Engine:
             The new tokens of each prompt alone, an end token included.
 
         Raises:
-            RequestError: a prompt or an option is out of range.
+            RequestError: a prompt or an option is out of range, or a guide cannot be followed.
+            MissingRuntimeError: a guide needs llguidance, which is not installed.
             CapacityError: too many requests wait already.
             RunnerError: the runtime failed.
         """
@@ -249,15 +250,9 @@ class Engine:
 
     def _submit(self, prompt: Sequence[int] | Tokens, params: SamplingParams) -> RequestHandle:
         self._start()
-        constraint = None if params.guide is None else self._guides_of_tokenizer().constraint(params.guide)
-        handle = self.scheduler.submit(prompt, params, constraint=constraint)
+        handle = self.scheduler.submit(prompt, params)
         handle.owner = self
         return handle
-
-    def _guides_of_tokenizer(self) -> Guides:
-        if self._guides is None:
-            self._guides = Guides(self.tokenizer, self.runner.vocab_size)
-        return self._guides
 
     def _start(self) -> None:
         if self._closed:

@@ -1,151 +1,220 @@
-"""Answers held to a form: JSON, a schema, a regular expression, a list of texts, a grammar.
-
-The library llguidance says which tokens may come next; it is imported when the first guide is asked for.
-"""
+"""Guided decoding: which tokens a request's guide allows next. The library llguidance compiles guides and keeps their state."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as RawTokenizer
 
-from .errors import MissingRuntimeError, RequestError
-from .text import Tokenizer
+from .errors import CapacityError, MissingRuntimeError, RequestError
+from .guide import Guide
 
-KINDS = ("json", "json_schema", "regex", "choice", "ebnf_grammar", "lark_grammar")
-MAX_GUIDE_CHARS = 1 << 18
-MAX_CHOICES = 10_000
-JSON_SPACE = "[ \\n]{0,24}"
-"""White space between the parts of JSON: enough to indent it, and not so much that a model can go on with it for ever."""
-_FORMATS = {"ebnf_grammar": "ebnf", "lark_grammar": "lark"}
-_ANY_OBJECT = '{"type": "object"}'
-_END = "<|the guide may end here|>"
-
-
-@dataclass(frozen=True)
-class Guide:
-    """What an answer is held to.
-
-    kind: "json" (any JSON object; no text), "json_schema", "regex" (of Rust's crate regex; the whole answer matches), "choice" (a
-    JSON list of texts, one of which is the answer), "ebnf_grammar" (GBNF, as llama.cpp writes it), "lark_grammar". Raises
-    RequestError for another kind, or a text that is missing or too long.
-    """
-
-    kind: str
-    text: str = ""
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise RequestError("guide: kind", expected=", ".join(KINDS), found=repr(self.kind)[:100])
-        if not isinstance(self.text, str) or (not self.text and self.kind != "json"):
-            found = "nothing" if isinstance(self.text, str) else type(self.text).__name__
-            raise RequestError("guide: text", expected=f"the {self.kind}", found=found)
-        if len(self.text) > MAX_GUIDE_CHARS:
-            raise RequestError("guide: text", expected=f"at most {MAX_GUIDE_CHARS} characters", found=str(len(self.text)))
+MAX_COMPILES = 4
+"""So many guides are compiled at a time, those that were given up included."""
+MAX_SECONDS = 10.0
+"""A guide that is not compiled after so many seconds is refused."""
+# A little white space between the parts of JSON. Without a limit a model that prefers spaces never comes to an end.
+JSON_SPACE = r"[\x20\x0A\x0D\x09]{1,24}"
+# llguidance's own limits (version 1.9), written down so that another version cannot change them. Their unit is its own work.
+_LIMITS = {
+    "max_items_in_row": 2_000,
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 200_000,
+    "step_max_items": 50_000,
+    "max_lexer_states": 50_000,  # its default is 250000, which is up to 500 MB for one request
+    "max_grammar_size": 500_000,
+    "verbose_errors": False,  # true quotes the state and the grammar
+}
 
 
-class Constraint:
-    """Where one answer stands in its guide. Used by one thread at a time."""
+class GuideMatcher:
+    """How far one request's answer has come in its guide. For one thread at a time."""
 
-    def __init__(self, matcher: Any, fill: Callable[[Any, Any], None], size: int, end: int, vocab_size: int) -> None:
-        self._matcher, self._fill, self._end, self._vocab_size = matcher, fill, end, vocab_size
-        self._mask = np.zeros((1, (size + 31) // 32), np.int32)
-
-    def allowed(self) -> tuple[NDArray[np.bool_], bool]:
-        """Bool [V], the tokens that may come next, and whether the answer may end here instead. Raises RequestError for a guide
-        that turns out too complex."""
-        self._fill(self._matcher, self._mask)
-        self._check()
-        bits = np.unpackbits(self._mask.view(np.uint8)[0], bitorder="little").astype(bool)
-        may_end, bits[self._end] = bool(bits[self._end]), False
-        if len(bits) < self._vocab_size:
-            bits = np.concatenate([bits, np.zeros(self._vocab_size - len(bits), bool)])
-        return bits[: self._vocab_size], may_end
-
-    def accept(self, token: int) -> None:
-        """Go on by a token that was allowed."""
-        self._matcher.consume_token(token)
-        self._check()
+    def __init__(self, matcher: Any, vocab_size: int, end_tokens: Sequence[int]) -> None:
+        self._matcher, self._size = matcher, vocab_size
+        self._ends = np.array([token for token in end_tokens if token < vocab_size], dtype=np.int64)
+        self._mask: NDArray[np.bool_] | None = None
 
     @property
-    def complete(self) -> bool:
-        """Whether nothing can follow."""
-        return bool(self._matcher.is_stopped())
+    def accepting(self) -> bool:
+        """Whether the answer may end here."""
+        return bool(self._matcher.is_accepting())
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """Bool [V]: the tokens that may come next; end tokens are not among them, see `accepting`. Do not change it.
+
+        Raises RequestError where the guide is too complicated for llguidance's limits.
+        """
+        if self._mask is None:
+            bits = _calling(self._matcher.compute_bitmask)
+            self._check()
+            mask = np.unpackbits(np.frombuffer(bits, np.uint8), count=self._size, bitorder="little").view(np.bool_)
+            mask[self._ends] = False
+            self._mask = mask
+        return self._mask
+
+    def advance(self, token: int) -> bool:
+        """Go on by a token that was chosen, no end token. Returns whether the answer is complete: nothing can follow.
+
+        Raises RequestError for a token that is not allowed, and as `allowed`.
+        """
+        self._mask = None
+        _calling(self._matcher.consume_token, token)
+        self._check()
+        return self.accepting and (bool(self._matcher.is_stopped()) or not self.allowed().any())
 
     def _check(self) -> None:
         if self._matcher.is_error():
             raise _refused(self._matcher.get_error())
 
 
-class Guides:
-    """Compiles guides for one engine: its tokenizer, and its model's number of tokens."""
+class GuideCompiler:
+    """Compiles guides for one engine. All methods may be called from any thread.
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        self._tokenizer, self._vocab_size = tokenizer, vocab_size
-        self._made: tuple[Any, Any, int, int] | None = None
+    Args:
+        tokenizer: the engine's, or None where it has none; then every guide is refused.
+        vocab_size: V of the model. Tokens that the tokenizer does not have are never allowed.
+    """
+
+    def __init__(self, tokenizer: RawTokenizer | None, vocab_size: int) -> None:
+        self._raw, self._size = tokenizer, vocab_size
+        self._vocabulary: Any = None
+        self._end = -1
         self._lock = threading.Lock()
+        self._room = threading.Semaphore(MAX_COMPILES)
 
-    def constraint(self, guide: Guide) -> Constraint:
-        """The guide, compiled: milliseconds, outside any step of the engine. Raises RequestError for one that cannot be,
-        MissingRuntimeError."""
-        library, tokens, size, end = self._library()
-        text = guide.text
-        if guide.kind == "choice":
-            text = json.dumps(_choices(text))
-        try:
-            if guide.kind in ("json", "json_schema"):
-                schema = text if guide.kind == "json_schema" else _ANY_OBJECT
-                grammar = library.LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": JSON_SPACE})
-            else:
-                grammar = library.grammar_from(_FORMATS.get(guide.kind, guide.kind), text)
-        except Exception as error:  # ValueError, or whatever its converter stumbles over
-            raise _refused(str(error)) from error
-        limits = library.LLParserLimits(verbose_errors=False)
-        matcher = library.LLMatcher(tokens, grammar, log_level=0, limits=limits)
+    def prepare(self) -> None:
+        """Read the vocabulary, which takes a second or two where it is large; otherwise the first guide does.
+
+        Raises MissingRuntimeError without llguidance, RequestError for an engine whose tokenizer cannot guide.
+        """
+        with self._lock:
+            if self._vocabulary is None:
+                self._vocabulary = self._read_vocabulary(_library())
+
+    def compile(self, guide: Guide, end_tokens: Sequence[int] = ()) -> GuideMatcher:
+        """The matcher of a new request. `end_tokens` end its text: the guide's text has none of them inside.
+
+        Raises RequestError naming "guide" for a guide that is wrong, too complicated, or satisfied by no text at all;
+        CapacityError where too many are being compiled; and as `prepare`.
+        """
+        self.prepare()
+        if not self._room.acquire(timeout=MAX_SECONDS):
+            raise CapacityError(
+                "guides are being compiled", expected=f"at most {MAX_COMPILES} at a time", remedy="Try again later."
+            )
+        done: list[GuideMatcher | BaseException] = []
+
+        def work() -> None:
+            try:
+                done.append(self._compile(guide, end_tokens))
+            except BaseException as error:  # for the caller, who waits in another thread
+                done.append(error)
+            finally:
+                self._room.release()
+
+        # The library cannot be interrupted, and its limits do not bound all that it does; the caller can go on, at least.
+        worker = threading.Thread(target=work, name="guide", daemon=True)
+        worker.start()
+        worker.join(MAX_SECONDS)
+        if not done:
+            raise RequestError(
+                "guide", expected="one that compiles quickly", found=f"more than {MAX_SECONDS:g} seconds", remedy="Simplify it."
+            )
+        if isinstance(done[0], BaseException):
+            raise done[0]
+        return done[0]
+
+    def _compile(self, guide: Guide, end_tokens: Sequence[int]) -> GuideMatcher:
+        library = _library()
+        grammar = _calling(_grammar, guide, library.LLMatcher)
+        limits = library.LLParserLimits(**_LIMITS)
+        matcher = _calling(library.LLMatcher, self._vocabulary, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise _refused(matcher.get_error())
-        fill = importlib.import_module("llguidance.numpy").fill_next_token_bitmask
-        return Constraint(matcher, fill, size, end, self._vocab_size)
+        made = GuideMatcher(matcher, self._size, [*end_tokens, self._end])
+        if not made.allowed().any():
+            raise RequestError("guide", expected="a text that satisfies it", found="none that this tokenizer can spell")
+        return made
 
-    def _library(self) -> tuple[Any, Any, int, int]:
-        with self._lock:
-            if self._made is None:
-                try:
-                    library = importlib.import_module("llguidance")
-                except ImportError as error:
-                    raise MissingRuntimeError(
-                        "guides need the library llguidance",
-                        expected="installed",
-                        found="not installed",
-                        remedy="Run: pip install 'ngpt-deploy[guided]', or llguidance where the engine is served.",
-                    ) from error
-                # A token of its own says that a guide may end: which tokens end a text is for each request to say.
-                raw = RawTokenizer.from_str(self._tokenizer.raw.to_str())
-                raw.add_special_tokens([_END])
-                vocabulary = raw.get_vocab(with_added_tokens=True)
-                end, size = vocabulary[_END], max(vocabulary.values()) + 1
-                self._made = library, library.LLTokenizer(raw.to_str(), n_vocab=size, eos_token=end), size, end
-            return self._made
+    def _read_vocabulary(self, library: Any) -> Any:
+        if self._raw is None:
+            raise RequestError(
+                "guide",
+                expected="an engine with a tokenizer",
+                found="none",
+                remedy="Leave it out, or build from a checkpoint that has one.",
+            )
+        # llguidance wants an end token. It gets one that no model has, so that each request can have its own, or none.
+        data = json.loads(self._raw.to_str())
+        self._end = 1 + max(self._raw.get_vocab(with_added_tokens=True).values(), default=-1)
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        data["added_tokens"].append({"id": self._end, "content": "<|the guide's end|>", "special": True, **flags})
+        size = max(self._size, self._end + 1)
+        try:
+            return _calling(library.LLTokenizer, json.dumps(data), n_vocab=size, eos_token=self._end)
+        except RequestError as error:
+            raise RequestError(
+                "guide",
+                expected="an engine with a byte-level or byte-fallback tokenizer",
+                found=error.found,
+                remedy="Leave it out.",
+            ) from None
 
 
-def _choices(text: str) -> list[str]:
+def _grammar(guide: Guide, matcher: Any) -> str:
+    """A guide in llguidance's own format. Nothing of the guide's text can leave the place where it stands."""
+    if guide.kind in ("json", "json_schema"):
+        schema = guide.schema()
+        options = {"whitespace_pattern": JSON_SPACE} if isinstance(schema, dict) else None  # true and false take none
+        return str(matcher.grammar_from_json_schema(json.dumps(schema), defaults=options))
+    if guide.kind == "regex":
+        return str(matcher.grammar_from_regex(guide.text))
+    lark = guide.text
+    if guide.kind == "ebnf_grammar":
+        from llguidance.gbnf_to_lark import any_to_lark
+
+        lark = any_to_lark(lark)
+    elif guide.kind == "choice":
+        # One terminal, whose size costs little at a step; as a rule each text would cost.
+        lark = "start: CHOICE\nCHOICE: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in guide.choices())
+    return json.dumps({"grammars": [{"lark_grammar": lark}]})
+
+
+def _library() -> Any:
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RequestError("guide: text", expected="a JSON list of texts", found=str(error)[:200]) from error
-    if not isinstance(found, list) or not found or not all(isinstance(each, str) and each for each in found):
-        raise RequestError("guide: text", expected="a JSON list of texts that are not empty", found=repr(found)[:100])
-    if len(found) > MAX_CHOICES:
-        raise RequestError("guide: text", expected=f"at most {MAX_CHOICES} texts", found=str(len(found)))
-    return found
+        import llguidance
+    except ImportError as error:
+        raise MissingRuntimeError(
+            "guided decoding",
+            expected="llguidance installed",
+            found="not installed",
+            remedy='Run: pip install llguidance (the extra "guided" of ngpt-deploy)',
+        ) from error
+    return llguidance
 
 
-def _refused(reason: str) -> RequestError:
-    return RequestError("guide", expected="one that can be followed", found=" ".join(reason.split())[:300])
+def _calling(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call the library. Raises RequestError for whatever it raises."""
+    try:
+        return function(*arguments, **options)
+    except Exception as error:
+        if isinstance(error, RequestError):
+            raise
+        raise _refused(str(error) or type(error).__name__) from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # a failed assertion inside the library, which PyO3 makes no Exception
+            raise
+        raise _refused("the library failed") from None
+
+
+def _refused(message: str) -> RequestError:
+    if message.startswith("NoExtension"):  # its word for a place where no token can follow, and the text may not end
+        return RequestError("guide", expected="a text that satisfies it", found="none that this tokenizer can spell")
+    text = " ".join(message.replace("<non-verbose/>", "").split())
+    return RequestError("guide", expected="one that llguidance takes", found=text[:300] + ("…" if len(text) > 300 else ""))

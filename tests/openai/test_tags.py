@@ -79,3 +79,32 @@ def test_what_was_meant_as_a_call_and_is_none_is_shown():
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"name": 5}', '"x"', "[" * 100_000])
 def test_what_is_no_call(text):
     assert tool_call(text) is None
+
+
+@pytest.mark.parametrize("opened", [True, False])
+@pytest.mark.parametrize(("kind", "text", "good", "bad"), [
+    ("json_schema", '{"type": "object", "properties": {"a": {"const": "/x"}}, "required": ["a"], "additionalProperties": false}', '{"a": "/x"}', '{"b": 1}'),
+    ("json", "", '{"any": [1]}', "[1]"), ("regex", r"a/b\/c\n?", "a/b/c", "a/b"), ("choice", '["a\"/", "b"]', 'a"/', "c"),
+])  # fmt: skip
+@pytest.mark.parametrize("tags", [TAGS, Tags("[[", "]].*(")])
+def test_what_follows_the_reasoning_is_held_to_the_guide(kind, text, good, bad, tags, opened):
+    """Through the real library, with the reasoning free, whatever is in it."""
+    import llguidance
+
+    from tests.runtime.making import byte_level
+    from triton_repo.openai.guides import after_reasoning
+
+    raw = byte_level()
+    tokens = llguidance.LLTokenizer(raw.to_str(), eos_token=1)
+    kind, grammar = after_reasoning((kind, text), tags, None, (opened, None))
+    assert kind == "lark_grammar"
+
+    def accepts(answer):
+        matcher = llguidance.LLMatcher(tokens, llguidance.LLMatcher.grammar_from_lark(grammar), log_level=0)
+        assert not matcher.is_error(), matcher.get_error()
+        ids = raw.encode(answer, add_special_tokens=False).ids
+        return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+    reasoning = ("" if opened else tags.open) + 'I think {"b": 1} / "x" ' + tags.close + "\n\n"
+    assert accepts(reasoning + good) and not accepts(reasoning + bad)
+    assert accepts(good) != opened  # without any reasoning, where the prompt has not begun it

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
-import itertools
-import re
 from pathlib import Path
 
 import pytest
@@ -66,54 +63,7 @@ def test_any_tokens_stream_as_they_decode(kind: str, skip: bool, data: st.DataOb
     high = [i for i in range(tokenizer.vocab_size) if "\ufffd" in tokenizer.decode([i])]
     tokens = data.draw(st.lists(st.one_of(ids, st.sampled_from(high), st.sampled_from([0, 1, 2])), max_size=30))
     pieces = pieces_of(tokenizer, tokens, skip_special_tokens=skip)
-    assert "".join(pieces) == decoded(tokenizer, tokens, skip)
-
-
-def decoded(tokenizer: Tokenizer, tokens: list[int], skip: bool) -> str:
-    """As the decoder has it, but for runs of single bytes in which one is wrong: those are read by Python."""
-    seen = [token for token in tokens if not tokenizer.is_silent(token, skip_special_tokens=skip)]
-    for run in runs_of_bytes(tokenizer, seen):
-        try:
-            run.decode("utf-8")
-        except UnicodeDecodeError:
-            break
-    else:
-        return tokenizer.decode(tokens, skip_special_tokens=skip)
-    text = ""
-    for token in seen:
-        byte = tokenizer.byte_of(token)
-        # Each byte as a letter that no piece has, to be read as bytes afterwards.
-        text += chr(0xE000 + byte) if byte is not None else tokenizer.raw.id_to_token(token).replace("▁", " ")
-    text = text.removeprefix(" ")
-    parts = re.split("([\ue000-\ue0ff]+)", text)
-    return "".join(replaced(bytes(ord(c) - 0xE000 for c in part)) if at % 2 else part for at, part in enumerate(parts))
-
-
-def runs_of_bytes(tokenizer: Tokenizer, tokens: list[int]) -> list[bytes]:
-    values = [tokenizer.byte_of(token) for token in tokens]
-    groups = [list(group) for inside, group in itertools.groupby(values, lambda byte: byte is not None) if inside]
-    return [bytes(byte for byte in group if byte is not None) for group in groups]
-
-
-def replaced(data: bytes) -> str:
-    """Every character that is there, and U+FFFD for each byte of the rest."""
-    codecs.register_error("each", lambda error: ("\ufffd" * (error.end - error.start), error.end))  # type: ignore[attr-defined]
-    return data.decode("utf-8", "each")
-
-
-def test_characters_of_single_bytes_are_streamed_as_soon_as_they_are_whole() -> None:
-    tokens = PIECES.encode("😀é日", add_special_tokens=False)
-    assert [PIECES.byte_of(token) is not None for token in tokens[-8:]].count(True) >= 7
-    stream, seen = TextStream(PIECES, context=PIECES.encode("a")), []
-    for token in tokens:
-        seen.append(stream.push(token))
-    assert "".join(seen).strip() == "😀é日" and stream.flush() == "" and sum(map(bool, seen)) >= 3
-    smile = [token for token in tokens if PIECES.byte_of(token) is not None][:4]
-    stopping = TextStream(PIECES, stop=["😀"], context=PIECES.encode("a"))
-    assert "".join(stopping.push(token) for token in [*PIECES.encode("ab", add_special_tokens=False), *smile]).strip() == "ab"
-    assert stopping.stopped
-    broken = [*smile, smile[0], *PIECES.encode("b", add_special_tokens=False)]  # the decoder alone would undo the smile
-    assert "".join(pieces_of(PIECES, broken, context=PIECES.encode("a"))).startswith("😀\ufffd")
+    assert "".join(pieces) == tokenizer.decode(tokens, skip_special_tokens=skip)
 
 
 @thoroughly

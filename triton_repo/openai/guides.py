@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from engines.runtime.guidance import JSON_SPACE
@@ -88,7 +89,7 @@ def after_reasoning(guide: Guide, tags: Tags, token: int | None, opened: tuple[b
         schema = json.loads(text or ANY_OBJECT) | {"x-guidance": {"whitespace_pattern": JSON_SPACE}}
         answer = f"answer: %json {json.dumps(schema)}\n"
     elif kind == "regex":
-        answer = f"answer: /{text.replace('/', chr(92) + '/')}/\n"
+        answer = f"answer: /{_between_slashes(text)}/\n"
     elif kind == "choice":
         answer = "answer: " + " | ".join(_quoted(each) for each in json.loads(text)) + "\n"
     else:
@@ -98,13 +99,19 @@ def after_reasoning(guide: Guide, tags: Tags, token: int | None, opened: tuple[b
     return "lark_grammar", f"start: {reasoning} answer\nWHITE: /[ \\n]{{1,4}}/\n{free}{answer}"
 
 
+def _between_slashes(expression: str) -> str:
+    """A regular expression as Lark writes it: what would end it is escaped, what is escaped stays."""
+    parts = re.findall(r"\\.|.", expression, re.DOTALL)
+    return "".join({"/": "\\/", "\n": "\\n"}.get(part, part) for part in parts)
+
+
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
 def _escaped(text: str) -> str:
-    """For a regular expression between slashes."""
-    return "".join("\\" + letter if letter in "\\/.+*?()|[]{}^$#&-~<>" and letter not in "<>&-~#" else letter for letter in text)
+    """A text as an expression that matches it alone, as Lark writes it."""
+    return _between_slashes("".join("\\" + letter if letter in r"\.+*?()|[]{}^$" else letter for letter in text))
 
 
 def _response_format(given: dict[str, Any] | None) -> Guide | None:
