@@ -84,7 +84,7 @@ def test_what_is_no_call(text):
 @pytest.mark.parametrize("opened", [True, False])
 @pytest.mark.parametrize(("kind", "text", "good", "bad"), [
     ("json_schema", '{"type": "object", "properties": {"a": {"const": "/x"}}, "required": ["a"], "additionalProperties": false}', '{"a": "/x"}', '{"b": 1}'),
-    ("json", "", '{"any": [1]}', "[1]"), ("regex", r"a/b\/c\n?", "a/b/c", "a/b"), ("choice", '["a\"/", "b"]', 'a"/', "c"),
+    ("json", "", '{"any": [1]}', "[1]"), ("regex", r"a/b\/c\n?", "a/b/c", "a/b"), ("choice", '["a\\/", "b"]', "a/", "c"),
 ])  # fmt: skip
 @pytest.mark.parametrize("tags", [TAGS, Tags("[[", "]].*(")])
 def test_what_follows_the_reasoning_is_held_to_the_guide(kind, text, good, bad, tags, opened):
