@@ -24,7 +24,7 @@ from scripts.soaking.served import tasks
 from triton_repo.package import package_engine
 from triton_repo.server import TritonServer
 
-PARTS = ("load", "overload", "faults", "hostile")
+PARTS = ("load", "overload", "hostile", "openai", "faults")
 
 
 def main() -> int:
@@ -54,6 +54,8 @@ def main() -> int:
                     show(found, "overload", faults.overload(server, known, streams=300 + args.streams))
                 if "hostile" in args.only:
                     show(found, "hostile", hostile.hostile(server, requests=args.requests))
+        if "openai" in args.only:
+            show(found, "hostile, by OpenAI's interface", hostile.openai(models, requests=args.requests // 4))
         if "faults" in args.only:
             for fault in faults.FAULTS:
                 show(found, fault, faults.fault(models, known, fault, times=args.times, streams=min(args.streams, 48)))

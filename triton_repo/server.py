@@ -196,9 +196,16 @@ class TritonServer:
 
     def start(self) -> None:
         """Start the server and wait until an inference has succeeded."""
-        self._stopped = False
         if self._process is not None:
             raise ServerError("the server is already running", found=f"pid {self._process.pid}")
+        self._stopped = False
+        try:
+            self._start()
+        except BaseException:  # Ctrl-C and SIGTERM too
+            self._clean_up()
+            raise
+
+    def _start(self) -> None:
         check_numpy()
         home = triton_home()
         for port in filter(None, self._wanted_ports):
@@ -222,12 +229,8 @@ class TritonServer:
                     if attempt == 2 or not port_taken:
                         raise
         except OSError as error:  # of the log, of the scratch folder, of starting the program
-            self._clean_up()
             found, remedy = os_trouble(error)
             raise ServerError("the Triton server cannot be started", found=found, remedy=remedy) from error
-        except BaseException:  # Ctrl-C and SIGTERM too
-            self._clean_up()
-            raise
 
     def wait(self) -> None:
         """Block until the server ends by itself. Raises ServerError when it does, for nobody asked it to."""
@@ -245,8 +248,9 @@ class TritonServer:
         or when it dies more than five times within ten minutes.
         """
         deaths: collections.deque[float] = collections.deque()
-        while (process := self._process) is not None:
-            died = "the Triton server" if process.poll() is not None else dead_model(process.pid)
+        while not self._stopped:
+            process = self._process
+            died = "the Triton server" if process is None or process.poll() is not None else dead_model(process.pid)
             if not died:
                 time.sleep(_LOOK_SECONDS)
                 continue
@@ -260,12 +264,12 @@ class TritonServer:
             self._wanted_ports = self._ports
             self._terminate(patience=0.0)
             try:
-                self.start()
-            except ServerError:
-                if self._stopped:  # by another thread
-                    return
-                raise
-            say(f"answers again, {time.monotonic() - now:.1f} s later")
+                self._start()
+                say(f"answers again, {time.monotonic() - now:.1f} s later")
+            except ServerError as error:
+                if not self._stopped:  # it may come up the next time, and that is counted
+                    say(f"{error}")
+                    time.sleep(_LOOK_SECONDS)
 
     def stop(self) -> None:
         """Stop the server; does nothing when it is not running."""

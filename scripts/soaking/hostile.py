@@ -10,16 +10,19 @@ import random
 import re
 import string
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2_grpc
 
-from scripts.soaking.asking import channel, infer_request
 from scripts.soaking.faults import answers
-from scripts.soaking.served import memory
+from scripts.soaking.served import memory, private_bytes
+from triton_repo.async_client import channel, infer_request
 from triton_repo.interface import MODEL, declared
+from triton_repo.openai.requests import ChatRequest, CompletionRequest
+from triton_repo.openai.run import Frontend, Settings
 from triton_repo.server import TritonServer
 from triton_repo.serving_inputs import NUMPY
 
@@ -45,6 +48,60 @@ def hostile(server: TritonServer, *, requests: int) -> dict[str, object]:
     before = memory(server)
     endings, untyped, leaks = asyncio.run(_many(server, requests, 2))
     return _figures(server, requests, endings, untyped, leaks, before)
+
+
+def openai(models: Path, *, requests: int) -> dict[str, object]:
+    """The same against OpenAI's interface, in front of a server of its own: every answer is JSON, and every error has its form."""
+    with TritonServer(models, start_timeout=120) as server, Frontend(Settings(models, server.grpc_url, port=0)) as frontend:
+        address = frontend.base_url.removeprefix("http://").removesuffix("/v1")
+        asyncio.run(_many_of_openai(address, max(100, requests // 50), 1))
+        before = memory(server) + private_bytes(frontend.pid)
+        endings, untyped, leaks = asyncio.run(_many_of_openai(address, requests, 2))
+        figures = _figures(server, requests, endings, untyped, leaks, before)
+        return figures | {"memory after, MB": round((memory(server) + private_bytes(frontend.pid)) / 1e6)}
+
+
+async def _many_of_openai(address: str, requests: int, seed: int) -> tuple[collections.Counter[str], set[str], set[str]]:
+    endings = collections.Counter[str]()
+    untyped: set[str] = set()
+    leaks: set[str] = set()
+    gate = asyncio.Semaphore(32)
+
+    def note(kind: str, status: str, text: str, typed: bool) -> None:
+        endings[f"{kind}: {status}"] += 1
+        if not typed or (status != "200" and not text.startswith('{"error":{"message"') and status != "closed"):
+            untyped.add(f"{kind} {status}: {text[:200]}")
+        if LEAK.search(text):
+            leaks.add(f"{kind}: {text[:200]}")
+
+    async def one(number: int) -> None:
+        pick = random.Random(seed * 1_000_003 + number)
+        async with gate:
+            try:
+                if number % 8 == 0:
+                    await _raw(address, pick)
+                    endings["raw bytes"] += 1
+                else:
+                    path = pick.choice(("chat/completions", "completions", "completions", "embeddings", "models", "nobody"))
+                    await _http(address, f"/v1/{path}", openai_body(pick), note)
+            except TimeoutError:
+                note("no answer", "hung", "", False)
+
+    for first in range(0, requests, 1000):
+        await asyncio.gather(*(one(number) for number in range(first, min(first + 1000, requests))))
+    return endings, untyped, leaks
+
+
+def openai_body(pick: random.Random) -> bytes:
+    """Mostly an object with fields of the interface."""
+    if pick.random() < 0.1:
+        return pick.choice((b"", b"{", b"[" * 5000, b'{"model":' * 3000, b"\xff\xfe", b"null", pick.randbytes(200)))
+    body: dict[str, Any] = {"model": "ensemble", "max_tokens": 2}
+    body |= {"prompt": "x"} if pick.random() < 0.5 else {"messages": [{"role": "user", "content": "x"}]}
+    fields = [*ChatRequest.model_fields, *CompletionRequest.model_fields, "best_of", "lora", "nobody"]
+    for name in pick.sample(sorted(set(fields)), pick.randrange(0, 4)):
+        body[name] = value(pick, 2)
+    return json.dumps(body).encode()
 
 
 def _figures(
@@ -103,20 +160,27 @@ async def _grpc(stub: Any, pick: random.Random, note: Note) -> None:
     request = infer_request(model, tensors(pick), "r" + str(pick.randrange(1000)))
     if pick.random() < 0.1 and request.inputs:
         request.inputs.add().CopyFrom(request.inputs[0])  # one without contents
-    call = stub.ModelStreamInfer(iter([request]))
+    call = stub.ModelStreamInfer()
+    ended = False
     try:
+        await call.write(request)
         while (answer := await asyncio.wait_for(call.read(), 60.0)) is not grpc.aio.EOF:
             if answer.error_message:  # on a stream the status is in Triton's words
                 note("grpc", "refused", answer.error_message, True)
+                ended = True
                 return
             if answer.infer_response.parameters["triton_final_response"].bool_param:
                 note("grpc", "answered", "", True)
+                ended = True
                 return
         note("grpc", "ended without an answer", "", False)
     except grpc.aio.AioRpcError as error:
         note("grpc", error.code().name, str(error.details()), error.code().name in GRPC_TYPED)
     finally:
-        call.cancel()
+        if ended and pick.random() < 0.95:
+            await call.done_writing()
+        else:
+            call.cancel()
 
 
 def tensors(pick: random.Random) -> dict[str, Any]:

@@ -51,7 +51,9 @@ async def _load(
             leaves = choose.random() < 0.33 and way != "grpc-whole" and task.length > 1
             leave_after = choose.randrange(1, task.length) if leaves else None
             leave = choose.choice(LEAVES[:2]) if way in ("tokens", "alias") else "cancel"
-            if way == "alias":
+            if choose.random() < 0.05:
+                leave = "end"
+            if way == "alias" and leaves:
                 leave = "stop"  # a cancellation does not pass through a Triton ensemble
             ending = await asker.ask(task, way, leave_after, leave)
             endings[ending] += 1

@@ -73,11 +73,13 @@ def model_process(server: TritonServer, model: str = "ensemble") -> int:
 
 def memory(server: TritonServer) -> int:
     """Bytes of private memory of the server and its models' processes together."""
-    total = 0
-    for pid in processes(server):
-        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-        total += sum(int(kb) for kb in re.findall(r"^Private_(?:Clean|Dirty): +(\d+) kB", text, re.MULTILINE)) << 10
-    return total
+    return sum(map(private_bytes, processes(server)))
+
+
+def private_bytes(pid: int | None) -> int:
+    """Bytes of memory that a process shares with no other."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return sum(int(kb) for kb in re.findall(r"^Private_(?:Clean|Dirty): +(\d+) kB", text, re.MULTILINE)) << 10
 
 
 def stop_tensors() -> dict[str, object]:
