@@ -101,6 +101,20 @@ def test_any_json_object(kind: str) -> None:
     assert ended and all(isinstance(json.loads(text), dict) for text in ended)
 
 
+@kinds
+def test_white_space_in_json_has_a_limit(kind: str) -> None:
+    """A model that prefers spaces would never come to an end."""
+    raw, matcher = RAW[kind], COMPILERS[kind].compile(Guide("json"))
+    space = raw.token_to_id("<0x0A>" if kind == "pieces" else "Ċ")
+    opening = raw.encode("{", add_special_tokens=False).ids[-1]
+    assert not matcher.advance(opening)
+    count = 0
+    while matcher.allowed()[space] and count < 200:
+        matcher.advance(space)
+        count += 1
+    assert count == 64 and matcher.allowed().any()
+
+
 def sampler_of(pattern: str, **options: Any) -> Sampler:
     guide = Guide("regex", pattern)
     params = SamplingParams(**{"max_new_tokens": 9, "eos_token_ids": (1,), "guide": guide, **options})
