@@ -167,6 +167,16 @@ def test_an_end_token_that_is_a_letter_ends_where_the_guide_may_end() -> None:
     assert sampler.sample(liking(b=9.0))[0] == b and sampler.finish_reason() == "eos"
 
 
+def test_an_answer_that_only_an_end_token_could_follow_is_complete() -> None:
+    b = RAW["bytes"].token_to_id("b")
+    guide = Guide("regex", "ab*")
+    sampler = Sampler(
+        SamplingParams(eos_token_ids=(b,), guide=guide), [], SIZES["bytes"], COMPILERS["bytes"].compile(guide, (b,))
+    )
+    sampler.sample(liking())
+    assert sampler.finish_reason() == "stop"
+
+
 def test_bad_words_and_biases_act_inside_the_guide() -> None:
     b, c = (RAW["bytes"].token_to_id(name) for name in "bc")
     assert sampler_of("b|c", bad_sequences=((b,),)).sample(liking(b=9.0))[0] == c
@@ -218,7 +228,8 @@ def test_guides_that_are_none(kind: str, text: str, message: str) -> None:
         ("json_schema", '{"$ref": "http://example.com/x"}', "retrieving"),
         ("json_schema", '{"type": "array", "uniqueItems": true}', "Unimplemented"),
         ("lark_grammar", "start: foo", "unknown name"),
-        ("lark_grammar", '{"grammars":[{"lark_grammar":"start: /z/"}]}', "llguidance takes"),
+        ("lark_grammar", '{"grammars":[{"lark_grammar":"start: /a/"}]}', "llguidance takes"),
+        ("lark_grammar", "start: " + " | ".join(f'"a{i}"' for i in range(5000)), "items"),
         ("ebnf_grammar", "root ::= (", "Expected"),
         ("ebnf_grammar", "root ::= " + "(" * 30000, "llguidance takes"),
         ("lark_grammar", "start: " + "(" * 20000 + '"a"' + ")" * 20000, "nested"),
@@ -244,9 +255,10 @@ def test_a_schema_that_merges_too_many_patterns_is_refused() -> None:
     for merged in ({"allOf": patterns}, {"$ref": "#/$defs/d0", "$defs": chain}, refers, {"items": {"allOf": patterns}}):
         with pytest.raises(RequestError, match=f"guide: expected at most {MAX_MERGED} patterns"):
             Guide("json_schema", json.dumps(merged))
-    hostile = {"allOf": [{"$ref": "#"}], "items": [{"allOf": [{"$ref": "#"}]} for _ in range(1900)], "a": apart}
+    big = {"enum": [{} for _ in range(4000)]}
+    hostile = {"$defs": {"big": big}, "x": [{"allOf": [{"$ref": "#/$defs/big"}]} for _ in range(1000)], "y": apart}
     begun = time.monotonic()
-    with pytest.raises(RequestError, match="guide"):
+    with pytest.raises(RequestError, match="guide: .* too many schemas that are merged"):
         Guide("json_schema", json.dumps(hostile))
     assert time.monotonic() - begun < 2
 
