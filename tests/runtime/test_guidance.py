@@ -19,7 +19,7 @@ from tokenizers import models
 
 from engines.runtime import CapacityError, Guide, MissingRuntimeError, RequestError, SamplingParams, Scheduler, load_engine
 from engines.runtime import Tokenizer as BoundedTokenizer
-from engines.runtime.guidance import GuideCompiler
+from engines.runtime.guidance import _LIMITS, GuideCompiler
 from engines.runtime.guide import MAX_GUIDE_BYTES, MAX_MERGED
 from engines.runtime.sampler import Sampler
 from tests.doubles.numpy_runner import NumpyRunner
@@ -261,6 +261,14 @@ def test_a_schema_that_merges_too_many_patterns_is_refused() -> None:
     with pytest.raises(RequestError, match="guide: .* too many schemas that are merged"):
         Guide("json_schema", json.dumps(hostile))
     assert time.monotonic() - begun < 2
+
+
+def test_a_step_that_costs_too_much_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_LIMITS, "step_lexer_fuel", 1)
+    matcher = COMPILERS["bytes"].compile(Guide("json"))
+    matcher.advance(RAW["bytes"].token_to_id("{"))
+    with pytest.raises(RequestError, match="guide: .*too many expressions"):
+        matcher.allowed()
 
 
 def test_a_guide_that_compiles_for_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
