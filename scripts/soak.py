@@ -78,7 +78,8 @@ def good(figures: object) -> bool:
     assert isinstance(figures, dict)
     never = ("wrong", "hung", "slots held at the end", "untyped", "paths or tracebacks", "not answered afterwards")
     grown = figures.get("memory after, MB", 0) - figures.get("memory before, MB", 0)
-    return not any(figures.get(name, 0) for name in never) and grown <= max(64, 0.1 * figures.get("memory before, MB", 0))
+    steady = grown <= max(96, 0.1 * figures.get("memory before, MB", 0)) and figures.get("grown in the last quarter, MB", 0) <= 32
+    return steady and not any(figures.get(name, 0) for name in never)
 
 
 if __name__ == "__main__":

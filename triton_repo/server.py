@@ -19,6 +19,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -349,17 +350,21 @@ class TritonServer:
         probe = self._probe if self._probe is not None else default_probe(self.repository)
         ready = False
         last = "not ready"
+        asked: _Asked | None = None
         while time.monotonic() < deadline:
             if self._process is None or self._process.poll() is not None:
                 raise self._failure("the Triton server stopped while starting")
             if not ready:
                 ready = http_ok(f"http://{self.http_url}/v2/health/ready")
-            if ready:
-                try:
-                    probe(self.grpc_url)
+            if ready and asked is None:
+                asked = _Asked(probe, self.grpc_url)
+            if asked is not None and asked.ended:
+                if asked.error is None:
                     return
-                except Exception as error:  # whatever went wrong is reported below if it lasts
-                    last = f"{type(error).__name__}: {error}"
+                last, asked = f"{type(asked.error).__name__}: {asked.error}", None
+            # What is asked of a model that has died is never answered.
+            if died := dead_model(self._process.pid):
+                raise self._failure(f"{died} has died while the server was starting")
             time.sleep(0.1)
         raise self._failure(f"no inference succeeded within {self._start_timeout:g} s ({last})")
 
@@ -413,3 +418,20 @@ class TritonServer:
             os.killpg(process.pid, signal.SIGKILL)
         for leftover in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
             leftover.unlink(missing_ok=True)
+
+
+class _Asked:
+    """A probe in a thread of its own, so that whoever waits for it can look at other things."""
+
+    def __init__(self, probe: Probe, url: str) -> None:
+        self.ended = False
+        self.error: Exception | None = None
+        self._probe, self._url = probe, url
+        threading.Thread(target=self._run, name="probe", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._probe(self._url)
+        except Exception as error:  # whatever went wrong is reported by who waits, if it lasts
+            self.error = error
+        self.ended = True

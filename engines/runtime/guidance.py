@@ -53,6 +53,7 @@ class GuideMatcher:
         if self._mask is None:
             bits = _calling(self._matcher.compute_bitmask)
             self._check()
+            # Ids that only the model has are past the end of the bits, and come out as False.
             mask = np.unpackbits(np.frombuffer(bits, np.uint8), count=self._size, bitorder="little").view(np.bool_)
             mask[self._ends] = False
             self._mask = mask
@@ -155,9 +156,8 @@ class GuideCompiler:
         self._end = 1 + max(self._raw.get_vocab(with_added_tokens=True).values(), default=-1)
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         data["added_tokens"].append({"id": self._end, "content": "<|the guide's end|>", "special": True, **flags})
-        size = max(self._size, self._end + 1)
         try:
-            return _calling(library.LLTokenizer, json.dumps(data), n_vocab=size, eos_token=self._end)
+            return _calling(library.LLTokenizer, json.dumps(data), eos_token=self._end)
         except RequestError as error:
             raise RequestError(
                 "guide",
@@ -182,7 +182,7 @@ def _grammar(guide: Guide, matcher: Any) -> str:
         lark = any_to_lark(lark)
     elif guide.kind == "choice":
         # One terminal, whose size costs little at a step; as a rule each text would cost.
-        lark = "start: CHOICE\nCHOICE: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in guide.choices())
+        lark = "start: CHOICE\nCHOICE: " + " | ".join(json.dumps(text) for text in guide.choices())
     return json.dumps({"grammars": [{"lark_grammar": lark}]})
 
 

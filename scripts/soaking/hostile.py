@@ -9,7 +9,7 @@ import json
 import random
 import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -44,21 +44,42 @@ MODELS = ("ensemble", "tensorrt_llm", "preprocessing", "postprocessing", "nobody
 
 def hostile(server: TritonServer, *, requests: int) -> dict[str, object]:
     """A half of gRPC, a third of HTTP, the rest raw bytes on either port."""
-    asyncio.run(_many(server, max(200, requests // 50), 1))
-    before = memory(server)
-    endings, untyped, leaks = asyncio.run(_many(server, requests, 2))
-    return _figures(server, requests, endings, untyped, leaks, before)
+    return _quarters(server, requests, lambda count, seed: _many(server, count, seed), lambda: memory(server))
+
+
+Run = tuple[collections.Counter[str], set[str], set[str]]
+"""How requests ended, and the words of those without a type, and of those that showed what they must not."""
+
+
+def _quarters(
+    server: TritonServer, requests: int, run: Callable[[int, int], Coroutine[Any, Any, Run]], used: Callable[[], int]
+) -> dict[str, object]:
+    """The requests in four parts. Buffers grow to the largest requests at first, and must not grow on."""
+    endings, untyped, leaks, sizes = collections.Counter[str](), set[str](), set[str](), [used()]
+    for quarter in range(4):
+        found, strange, shown = asyncio.run(run(requests // 4, quarter))
+        endings += found
+        untyped |= strange
+        leaks |= shown
+        sizes.append(used())
+    return {
+        "requests": requests // 4 * 4,
+        **dict(endings),
+        "untyped": len(untyped),
+        "paths or tracebacks": len(leaks),
+        "of them": sorted(untyped | leaks)[:5],
+        "not answered afterwards": 0 if answers(server) else 1,
+        "memory by quarters, MB": [round(size / 1e6) for size in sizes],
+        "grown in the last quarter, MB": round((sizes[4] - sizes[3]) / 1e6),
+    }
 
 
 def openai(models: Path, *, requests: int) -> dict[str, object]:
-    """The same against OpenAI's interface, in front of a server of its own: every answer is JSON, and every error has its form."""
+    """The same against OpenAI's interface, before a server of its own: every answer is JSON, and every error has its form."""
     with TritonServer(models, start_timeout=120) as server, Frontend(Settings(models, server.grpc_url, port=0)) as frontend:
         address = frontend.base_url.removeprefix("http://").removesuffix("/v1")
-        asyncio.run(_many_of_openai(address, max(100, requests // 50), 1))
-        before = memory(server) + private_bytes(frontend.pid)
-        endings, untyped, leaks = asyncio.run(_many_of_openai(address, requests, 2))
-        figures = _figures(server, requests, endings, untyped, leaks, before)
-        return figures | {"memory after, MB": round((memory(server) + private_bytes(frontend.pid)) / 1e6)}
+        used = lambda: memory(server) + private_bytes(frontend.pid)  # noqa: E731
+        return _quarters(server, requests, lambda count, seed: _many_of_openai(address, count, seed), used)
 
 
 async def _many_of_openai(address: str, requests: int, seed: int) -> tuple[collections.Counter[str], set[str], set[str]]:
@@ -102,21 +123,6 @@ def openai_body(pick: random.Random) -> bytes:
     for name in pick.sample(sorted(set(fields)), pick.randrange(0, 4)):
         body[name] = value(pick, 2)
     return json.dumps(body).encode()
-
-
-def _figures(
-    server: TritonServer, requests: int, endings: collections.Counter[str], untyped: set[str], leaks: set[str], before: int
-) -> dict[str, object]:
-    return {
-        "requests": requests,
-        **dict(endings),
-        "untyped": len(untyped),
-        "paths or tracebacks": len(leaks),
-        "of them": sorted(untyped | leaks)[:5],
-        "not answered afterwards": 0 if answers(server) else 1,
-        "memory before, MB": round(before / 1e6),
-        "memory after, MB": round(memory(server) / 1e6),
-    }
 
 
 async def _many(server: TritonServer, requests: int, seed: int) -> tuple[collections.Counter[str], set[str], set[str]]:

@@ -91,6 +91,11 @@ def test_a_character_begun_in_the_prompt_comes_whole(known: int) -> None:
     assert "".join(stream.push(token) for token in new) + stream.flush() == ("" if known == 4 else "😀")
 
 
+def test_a_character_begun_in_the_prompt_and_never_completed_is_one_replacement_character() -> None:
+    stream = TextStream(PIECES, context=byte_tokens("é".encode() + b"\xf0"))
+    assert stream.push(PIECES.raw.token_to_id("a")) == "\ufffda"
+
+
 def test_a_long_run_of_bytes_stays_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     longest, decode = 0, Tokenizer.decode
 

@@ -19,7 +19,7 @@ from tokenizers import models
 
 from engines.runtime import CapacityError, Guide, MissingRuntimeError, RequestError, SamplingParams, Scheduler, load_engine
 from engines.runtime import Tokenizer as BoundedTokenizer
-from engines.runtime.guidance import GuideCompiler
+from engines.runtime.guidance import _LIMITS, GuideCompiler
 from engines.runtime.guide import MAX_GUIDE_BYTES, MAX_MERGED
 from engines.runtime.sampler import Sampler
 from tests.doubles.numpy_runner import NumpyRunner
@@ -101,6 +101,20 @@ def test_any_json_object(kind: str) -> None:
     assert ended and all(isinstance(json.loads(text), dict) for text in ended)
 
 
+@kinds
+def test_white_space_in_json_has_a_limit(kind: str) -> None:
+    """A model that prefers spaces would never come to an end."""
+    raw, matcher = RAW[kind], COMPILERS[kind].compile(Guide("json"))
+    space = raw.token_to_id("<0x0A>" if kind == "pieces" else "Ċ")
+    opening = raw.encode("{", add_special_tokens=False).ids[-1]
+    assert not matcher.advance(opening)
+    count = 0
+    while matcher.allowed()[space] and count < 200:
+        matcher.advance(space)
+        count += 1
+    assert count == 64 and matcher.allowed().any()
+
+
 def sampler_of(pattern: str, **options: Any) -> Sampler:
     guide = Guide("regex", pattern)
     params = SamplingParams(**{"max_new_tokens": 9, "eos_token_ids": (1,), "guide": guide, **options})
@@ -151,6 +165,16 @@ def test_an_end_token_that_is_a_letter_ends_where_the_guide_may_end() -> None:
     sampler = Sampler(params, [], SIZES["bytes"], COMPILERS["bytes"].compile(guide, (b,)))
     assert sampler.sample(liking(b=9.0))[0] != b  # the guide begins with a
     assert sampler.sample(liking(b=9.0))[0] == b and sampler.finish_reason() == "eos"
+
+
+def test_an_answer_that_only_an_end_token_could_follow_is_complete() -> None:
+    b = RAW["bytes"].token_to_id("b")
+    guide = Guide("regex", "ab*")
+    sampler = Sampler(
+        SamplingParams(eos_token_ids=(b,), guide=guide), [], SIZES["bytes"], COMPILERS["bytes"].compile(guide, (b,))
+    )
+    sampler.sample(liking())
+    assert sampler.finish_reason() == "stop"
 
 
 def test_bad_words_and_biases_act_inside_the_guide() -> None:
@@ -204,7 +228,8 @@ def test_guides_that_are_none(kind: str, text: str, message: str) -> None:
         ("json_schema", '{"$ref": "http://example.com/x"}', "retrieving"),
         ("json_schema", '{"type": "array", "uniqueItems": true}', "Unimplemented"),
         ("lark_grammar", "start: foo", "unknown name"),
-        ("lark_grammar", '{"grammars":[{"lark_grammar":"start: /z/"}]}', "llguidance takes"),
+        ("lark_grammar", '{"grammars":[{"lark_grammar":"start: /a/"}]}', "llguidance takes"),
+        ("lark_grammar", "start: " + " | ".join(f'"a{i}"' for i in range(5000)), "items"),
         ("ebnf_grammar", "root ::= (", "Expected"),
         ("ebnf_grammar", "root ::= " + "(" * 30000, "llguidance takes"),
         ("lark_grammar", "start: " + "(" * 20000 + '"a"' + ")" * 20000, "nested"),
@@ -230,11 +255,20 @@ def test_a_schema_that_merges_too_many_patterns_is_refused() -> None:
     for merged in ({"allOf": patterns}, {"$ref": "#/$defs/d0", "$defs": chain}, refers, {"items": {"allOf": patterns}}):
         with pytest.raises(RequestError, match=f"guide: expected at most {MAX_MERGED} patterns"):
             Guide("json_schema", json.dumps(merged))
-    hostile = {"allOf": [{"$ref": "#"}], "items": [{"allOf": [{"$ref": "#"}]} for _ in range(1900)], "a": apart}
+    big = {"enum": [{} for _ in range(4000)]}
+    hostile = {"$defs": {"big": big}, "x": [{"allOf": [{"$ref": "#/$defs/big"}]} for _ in range(1000)], "y": apart}
     begun = time.monotonic()
-    with pytest.raises(RequestError, match="guide"):
+    with pytest.raises(RequestError, match="guide: .* too many schemas that are merged"):
         Guide("json_schema", json.dumps(hostile))
     assert time.monotonic() - begun < 2
+
+
+def test_a_step_that_costs_too_much_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_LIMITS, "step_lexer_fuel", 1)
+    matcher = COMPILERS["bytes"].compile(Guide("json"))
+    matcher.advance(RAW["bytes"].token_to_id("{"))
+    with pytest.raises(RequestError, match="guide: .*too many expressions"):
+        matcher.allowed()
 
 
 def test_a_guide_that_compiles_for_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
