@@ -19,7 +19,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,14 +26,12 @@ from types import TracebackType
 
 from ngpt.errors import ServerError, missing_package, os_trouble
 from triton_repo.machine import HOST, check_port, dead_model, free_ports, http_ok
-
-Probe = Callable[[str], object]
-"""Called with ``host:port`` of the gRPC endpoint; must run one real inference and raise if it fails."""
+from triton_repo.probe import Asked, Probe, default_probe
 
 _LOG_TAIL_LINES = 25
 _LOOK_SECONDS = 0.2
 _ALL_ANSWERED, _UNLOAD_SECONDS = b"All models are stopped, unloading models", 5.0
-_MOST_DEATHS, _DEATHS_SECONDS = 5, 600.0
+_DEATHS_SECONDS = 600.0
 
 
 def check_numpy() -> None:
@@ -63,24 +60,6 @@ def triton_home() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise missing_package("the Triton server is not installed", "serve")
     return Path(next(iter(spec.submodule_search_locations))) / "tritonserver"
-
-
-def default_probe(repository: Path) -> Probe:
-    """A probe for a repository made by ``package_engine``: one token of every engine in it, through text where there is a
-    tokenizer."""
-    from triton_repo.client import generate_text, generate_tokens
-
-    own = sorted({path.parents[2].name for path in repository.glob("*/*/engine/manifest.json")} - {"tensorrt_llm"})
-    models = own or ["ensemble" if (repository / "ensemble").is_dir() else "tensorrt_llm"]
-
-    def probe(url: str) -> None:
-        for model in models:
-            if model != "tensorrt_llm" and (own == [] or any((repository / model).glob("*/tokenizer"))):
-                generate_text(url, "a", max_tokens=1, timeout=30.0, model=model)
-            else:
-                generate_tokens(url, [0], max_tokens=1, timeout=30.0, model=model)
-
-    return probe
 
 
 class TritonServer:
@@ -226,7 +205,7 @@ class TritonServer:
                     return
                 except ServerError:
                     port_taken = self._process is not None and "already in use" in self._log_text().lower()
-                    self._terminate()
+                    self._terminate(patience=0.0)  # it has nothing to answer
                     if attempt == 2 or not port_taken:
                         raise
         except OSError as error:  # of the log, of the scratch folder, of starting the program
@@ -241,12 +220,12 @@ class TritonServer:
             if self._process is not None:
                 raise self._failure("the Triton server stopped")
 
-    def watch(self, say: Callable[[str], object]) -> None:
+    def watch(self, say: Callable[[str], object], *, most_deaths: int = 5) -> None:
         """Block, and start the server again, on the same ports, when it or the process of one of its models has died.
 
         A dead model's requests would hang, and its server call itself ready: both are ended at once, so that clients see
-        their connections close. ``say`` is told what died, and when it answers again. Raises ServerError when it does not,
-        or when it dies more than five times within ten minutes.
+        their connections close. ``say`` is told what died, and when it answers again. Raises ServerError when something dies
+        more often than ``most_deaths`` times within ten minutes, a start that fails included.
         """
         deaths: collections.deque[float] = collections.deque()
         while not self._stopped:
@@ -259,7 +238,7 @@ class TritonServer:
             deaths.append(now)
             while deaths[0] < now - _DEATHS_SECONDS:
                 deaths.popleft()
-            if len(deaths) > _MOST_DEATHS:
+            if len(deaths) > most_deaths:
                 raise self._failure(f"{died} has died {len(deaths)} times within {_DEATHS_SECONDS / 60:g} minutes")
             say(f"{died} has died: starting again")
             self._wanted_ports = self._ports
@@ -350,14 +329,14 @@ class TritonServer:
         probe = self._probe if self._probe is not None else default_probe(self.repository)
         ready = False
         last = "not ready"
-        asked: _Asked | None = None
+        asked: Asked | None = None
         while time.monotonic() < deadline:
             if self._process is None or self._process.poll() is not None:
                 raise self._failure("the Triton server stopped while starting")
             if not ready:
                 ready = http_ok(f"http://{self.http_url}/v2/health/ready")
             if ready and asked is None:
-                asked = _Asked(probe, self.grpc_url)
+                asked = Asked(probe, self.grpc_url)
             if asked is not None and asked.ended:
                 if asked.error is None:
                     return
@@ -418,20 +397,3 @@ class TritonServer:
             os.killpg(process.pid, signal.SIGKILL)
         for leftover in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
             leftover.unlink(missing_ok=True)
-
-
-class _Asked:
-    """A probe in a thread of its own, so that whoever waits for it can look at other things."""
-
-    def __init__(self, probe: Probe, url: str) -> None:
-        self.ended = False
-        self.error: Exception | None = None
-        self._probe, self._url = probe, url
-        threading.Thread(target=self._run, name="probe", daemon=True).start()
-
-    def _run(self) -> None:
-        try:
-            self._probe(self._url)
-        except Exception as error:  # whatever went wrong is reported by who waits, if it lasts
-            self.error = error
-        self.ended = True

@@ -100,7 +100,7 @@ def fault(models: Path, tasks: list[Task], name: str, *, times: int, streams: in
 
 def _watch(server: TritonServer) -> None:
     try:
-        server.watch(lambda said: None if "again" in said else print("  ", said))
+        server.watch(lambda said: None if "again" in said else print("  ", said), most_deaths=1000)
     except ServerError as error:
         print("  ", error)
 

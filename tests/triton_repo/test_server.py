@@ -135,15 +135,14 @@ def stub_of(model, server):
     raise AssertionError(f"no process of {model}")
 
 
-def test_a_server_that_dies_again_and_again_is_given_up(repository, monkeypatch):
-    monkeypatch.setattr("triton_repo.server._MOST_DEATHS", 1)
+def test_a_server_that_dies_again_and_again_is_given_up(repository):
     said = []
     with TritonServer(repository, start_timeout=90) as server:
         threading.Thread(
             target=lambda: [os.kill(server.pid, signal.SIGKILL), time.sleep(6), os.kill(server.pid, signal.SIGKILL)]
         ).start()
         with pytest.raises(ServerError, match="has died 2 times within"):
-            server.watch(said.append)
+            server.watch(said.append, most_deaths=1)
     assert len(said) == 2
 
 
