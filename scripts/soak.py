@@ -78,7 +78,8 @@ def good(figures: object) -> bool:
     assert isinstance(figures, dict)
     never = ("wrong", "hung", "slots held at the end", "untyped", "paths or tracebacks", "not answered afterwards")
     grown = figures.get("memory after, MB", 0) - figures.get("memory before, MB", 0)
-    steady = grown <= max(96, 0.1 * figures.get("memory before, MB", 0)) and figures.get("grown in the last quarter, MB", 0) <= 32
+    steady = grown <= max(96, 0.1 * figures.get("memory before, MB", 0)) and figures.get("grown in the last quarter, MB", 0) <= 8
+    steady = steady and figures.get("grown by a request, the server, KB", 0) <= 16
     return steady and not any(figures.get(name, 0) for name in never)
 
 

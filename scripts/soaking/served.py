@@ -76,6 +76,11 @@ def memory(server: TritonServer) -> int:
     return sum(map(private_bytes, processes(server)))
 
 
+def memory_of_models(server: TritonServer) -> int:
+    """The same without the server's own process."""
+    return sum(private_bytes(pid) for pid in processes(server) if pid != server.pid)
+
+
 def private_bytes(pid: int | None) -> int:
     """Bytes of memory that a process shares with no other."""
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
