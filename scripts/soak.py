@@ -41,7 +41,7 @@ def main() -> int:
     options.add_argument("--write", type=Path, metavar="FILE", help="keep the figures as JSON")
     args = options.parse_args()
     if args.short:
-        args.streams, args.seconds, args.times, args.requests = 24, 10.0, 1, 1500
+        args.streams, args.seconds, args.times, args.requests = 24, 6.0, 1, 1500
     found: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as scratch:
         models = package_engine(args.engine, Path(scratch) / "models", allow_unverified=True, num_slots=args.slots, threads=1)
@@ -51,7 +51,11 @@ def main() -> int:
                 if "load" in args.only:
                     show(found, "load", load.load(server, known, streams=args.streams, seconds=args.seconds))
                 if "overload" in args.only:
-                    show(found, "overload", faults.overload(server, known, streams=300 + args.streams))
+                    show(
+                        found,
+                        "overload",
+                        faults.overload(server, known, streams=300 + args.streams, length=40 if args.short else 300),
+                    )
                 if "hostile" in args.only:
                     show(found, "hostile", hostile.hostile(server, requests=args.requests))
         if "openai" in args.only:

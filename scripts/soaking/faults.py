@@ -23,9 +23,9 @@ from triton_repo.server import TritonServer
 FAULTS = ("SIGTERM", "SIGTERM past its limit", "kill -9 of a model", "kill -9 of the server", "reload", "unload")
 
 
-def overload(server: TritonServer, tasks: list[Task], *, streams: int) -> dict[str, object]:
+def overload(server: TritonServer, tasks: list[Task], *, streams: int, length: int) -> dict[str, object]:
     """Many more requests at once than the queue holds: each is answered, or refused, within a bound."""
-    task = max(tasks, key=lambda task: task.length)
+    task = next(task for task in tasks if task.length == length)
 
     async def run() -> tuple[collections.Counter[str], list[float], list[float], str]:
         asker = Asker(server.grpc_url, server.http_url, patience=120.0, channels=32)

@@ -15,7 +15,7 @@ from triton_repo.server import TritonServer
 
 def load(server: TritonServer, tasks: list[Task], *, streams: int, seconds: float, seed: int = 0) -> dict[str, object]:
     """`streams` clients, each asking again as soon as it was answered; a third of the requests leave early."""
-    asyncio.run(_load(server, tasks, streams, min(seconds, 10.0), seed + 1))  # so that memory is what it is under load
+    asyncio.run(_load(server, tasks, streams, min(seconds / 2, 10.0), seed + 1))  # so that memory is what it is under load
     before = memory(server)
     start = time.monotonic()
     endings, errors = asyncio.run(_load(server, tasks, streams, seconds, seed))
