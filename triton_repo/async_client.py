@@ -65,11 +65,11 @@ class AsyncClient:
             else:
                 call.cancel()
 
-    async def live(self) -> bool:
-        """Whether the server answers."""
+    async def ready(self, model: str) -> bool:
+        """Whether the server answers that this model takes requests."""
         stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channels[0])
         try:
-            answer = await stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=5.0)
+            answer = await stub.ModelReady(service_pb2.ModelReadyRequest(name=model), timeout=5.0)
         except grpc.aio.AioRpcError:
             return False
         return bool(answer.ready)

@@ -149,7 +149,7 @@ class _Local:
 
         args, engine = self._args, self._engine
         variables = {"enable_thinking": False} if args.no_thinking else {}
-        prompt = self._template.render(history, **variables)
+        prompt = self._template.render(history, variables=variables)
         ids = engine.tokenizer.encode(prompt, add_special_tokens=False)
         room = engine.manifest.model.max_length - len(ids)
         if room < 1:

@@ -64,12 +64,12 @@ messages_of = st.lists(
 )
 
 
-def both(name, messages, **options):
+def both(name, messages, variables=None, **options):
     """What each makes of it: a text, or the fact that it refuses."""
     found = []
     for render in (
-        lambda: ours[name].render(messages, **options),
-        lambda: theirs.apply_chat_template(messages, chat_template=STYLES[name], tokenize=False, **options),
+        lambda: ours[name].render(messages, variables=variables, **options),
+        lambda: theirs.apply_chat_template(messages, chat_template=STYLES[name], tokenize=False, **(variables or {}), **options),
     ):
         try:
             found.append(render())
@@ -83,9 +83,8 @@ def both(name, messages, **options):
 @given(messages=messages_of, prompt=st.booleans(), tools=st.booleans(), thinking=st.sampled_from([None, True, False]))
 def test_every_style_is_rendered_as_transformers_does(name, messages, prompt, tools, thinking):
     options = {"add_generation_prompt": prompt, "tools": TOOLS if tools else None}
-    if thinking is not None:
-        options["enable_thinking"] = thinking
-    mine, its = both(name, messages, **options)
+    variables = {} if thinking is None else {"enable_thinking": thinking}
+    mine, its = both(name, messages, variables, **options)
     assert mine == its
 
 

@@ -7,27 +7,32 @@ import contextlib
 import hmac
 import json
 import logging
-import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
+from ngpt import __version__
 from triton_repo.async_client import AsyncClient
 from triton_repo.openai import requests
-from triton_repo.openai.chat import Chat, Style
+from triton_repo.openai.chat import Chat, Style, prompt_of
 from triton_repo.openai.completions import Completion
 from triton_repo.openai.errors import ApiError
+from triton_repo.openai.metrics import LEFT, Counted, Metrics
 from triton_repo.openai.models import Model
+from triton_repo.openai.rendering import Renderer
 from triton_repo.openai.streams import Event
 
+T = TypeVar("T")
 _LOG = logging.getLogger("ngpt")
-_OPEN = ("/health", "/metrics", "/version")  # without a key: probes and scrapers have none
+MAX_SECONDS_OF_BODY = 60.0
+"""In which a request must have been sent whole."""
 
 
 @dataclass(frozen=True)
@@ -40,28 +45,14 @@ class Options:
     style: Style = Style()
 
 
-class _Metrics:
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "ngpt_openai_requests", "Requests by endpoint and status", ["endpoint", "status"], registry=self.registry
-        )
-        self.open = Gauge("ngpt_openai_requests_open", "Requests that are being answered", registry=self.registry)
-        self.first = Histogram(
-            "ngpt_openai_first_piece_seconds", "Seconds from a streamed request to its first piece", registry=self.registry
-        )
-        self.took = Histogram(
-            "ngpt_openai_request_seconds", "Seconds from a request to the end of its answer", registry=self.registry
-        )
-
-
 class Api:
     """What the endpoints share. `app` is the ASGI application."""
 
     def __init__(self, url: str, models: Mapping[str, Model], options: Options) -> None:
         self._url, self._models, self._options = url, models, options
         self._client: AsyncClient | None = None
-        self._metrics = _Metrics()
+        self._metrics = Metrics()
+        self._renderer = Renderer({name: model.template for name, model in models.items() if model.template is not None})
         self.app = FastAPI(title="ngpt-deploy", docs_url=None, redoc_url=None, openapi_url=None, lifespan=self._lifespan)
         if options.origins:
             self.app.add_middleware(CORSMiddleware, allow_origins=list(options.origins), allow_methods=["*"], allow_headers=["*"])
@@ -72,13 +63,16 @@ class Api:
         self.app.add_api_route("/v1/models/{name:path}", self._one, methods=["GET"])
         self.app.add_api_route("/health", self._health, methods=["GET"])
         self.app.add_api_route("/metrics", self._scrape, methods=["GET"])
+        self.app.add_api_route("/version", self._version, methods=["GET"])
         self.app.add_exception_handler(HTTPException, _no_such)
         self.app.add_exception_handler(Exception, _broken)
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         self._client = AsyncClient(self._url)
+        await self._renderer.start()
         yield
+        await self._renderer.close()
         await self._client.close()
 
     # The endpoints.
@@ -104,68 +98,55 @@ class Api:
         return _error(_no_model(name)) if model is None else JSONResponse(_card(model))
 
     async def _health(self) -> Response:
-        live = self._client is not None and await self._client.live()
-        return JSONResponse({"status": "ok" if live else "the model's server does not answer"}, status_code=200 if live else 503)
+        """Whether every model is ready, by its server's word."""
+        ready = self._client is not None and all(
+            await asyncio.gather(*(self._client.ready(model.served) for model in self._models.values()))
+        )
+        return JSONResponse({"status": "ok" if ready else "the model's server is not ready"}, status_code=200 if ready else 503)
 
     async def _scrape(self) -> Response:
-        return Response(generate_latest(self._metrics.registry), media_type="text/plain; version=0.0.4")
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def _version(self) -> Response:
+        return JSONResponse({"version": __version__})
 
     async def _answer(self, request: Request, endpoint: str, kind: type[requests.Request]) -> Response:
-        start = time.monotonic()
-        self._metrics.open.inc()
-        done = _Once(lambda status: self._done(endpoint, start, status))
+        counted = self._metrics.begin(endpoint)
         try:
             if refused := self._unknown(request):
                 raise refused
             body = requests.read(kind, await self._body(request))
-            model = self._models.get(body.model)
-            if model is None:
-                raise _no_model(body.model)
-            assert self._client is not None  # the application has started
-            if isinstance(body, requests.ChatRequest):
-                work: Chat | Completion = Chat(self._client, model, body, self._options.style)
-            else:
-                work = Completion(self._client, model, body)
+            work = await _unless_gone(request, self._work(body))
+            counted.usage = work.usage
             if body.stream:
-                return await self._stream(work, start, done)
+                # The first chunk is waited for, so that a request that is refused has the status of an error.
+                events = work.events()
+                first = await _unless_gone(request, _next(events))
+                counted.first()
+                return _Stream(first, events, counted)
             answer = await _unless_gone(request, work.answer())
-            done(200)
+            counted.end(200)
             return JSONResponse(answer)
         except ApiError as error:
-            done(error.status)
+            counted.end(error.status)
             return _error(error)
+        except ClientDisconnect:
+            counted.end(LEFT)
+            return Response(status_code=LEFT)
         except BaseException:
-            done(499)
+            counted.end(500)
             raise
 
-    async def _stream(self, work: Chat | Completion, start: float, done: _Once) -> Response:
-        """The first chunk is waited for, so that a request that is refused has the status of an error."""
-        events = work.events()
-        first = await anext(events)
-        self._metrics.first.observe(time.monotonic() - start)
-
-        async def lines() -> AsyncIterator[bytes]:
-            status = 499  # the client left
-            try:
-                yield _line(first)
-                async for event in events:
-                    yield _line(event)
-                yield b"data: [DONE]\n\n"
-                status = 200
-            except ApiError as error:
-                status = error.status
-                yield _line(error.body())
-            finally:
-                await events.aclose()
-                done(status)
-
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
-
-    def _done(self, endpoint: str, start: float, status: int) -> None:
-        self._metrics.open.dec()
-        self._metrics.took.observe(time.monotonic() - start)
-        self._metrics.requests.labels(endpoint, str(status)).inc()
+    async def _work(self, body: requests.Request) -> Chat | Completion:
+        model = self._models.get(body.model)
+        if model is None:
+            raise _no_model(body.model)
+        assert self._client is not None  # the application has started
+        if isinstance(body, requests.ChatRequest):
+            prompt = await prompt_of(body, model, self._renderer)
+            return Chat(self._client, model, body, self._options.style, prompt)
+        assert isinstance(body, requests.CompletionRequest)
+        return Completion(self._client, model, body)
 
     # Who asks, and with how much.
 
@@ -173,10 +154,11 @@ class Api:
         """The error of a client without a good key."""
         if not self._options.keys:
             return None
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("utf-8", "replace")
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
         # Every key is compared, so that the time says nothing of which.
-        good = [hmac.compare_digest(given, key.encode("utf-8")) for key in self._options.keys]
-        if any(good):
+        sent = given.strip().encode("latin-1", "replace")  # as the header has it, byte by byte
+        good = [hmac.compare_digest(sent, key.encode("utf-8")) for key in self._options.keys]
+        if any(good) and scheme.lower() == "bearer":
             return None
         return ApiError("Expected a good API key: Authorization: Bearer KEY.", status=401, code="invalid_api_key")
 
@@ -186,34 +168,61 @@ class Api:
         declared = request.headers.get("content-length", "0")
         if declared.isdecimal() and int(declared) > most:
             raise _too_large(most)
-        async for part in request.stream():
-            data += part
-            if len(data) > most:
-                raise _too_large(most)
         try:
-            return json.loads(bytes(data))
-        except (ValueError, RecursionError) as error:
-            raise ApiError(f"The body: expected JSON ({error})."[:200]) from None
+            async with asyncio.timeout(MAX_SECONDS_OF_BODY):
+                async for part in request.stream():
+                    data += part
+                    if len(data) > most:
+                        raise _too_large(most)
+        except TimeoutError:
+            raise ApiError(f"The body: expected all of it within {MAX_SECONDS_OF_BODY:g} seconds.", status=408) from None
+        return requests.parse(bytes(data))
 
 
-class _Once:
-    def __init__(self, call: Any) -> None:
-        self._call = call
+class _Stream(StreamingResponse):
+    """The chunks of an answer as server-sent events. However it is left, its requests are cancelled and it is counted."""
 
-    def __call__(self, status: int) -> None:
-        call, self._call = self._call, lambda _: None
-        call(status)
+    def __init__(self, first: Event, events: AsyncGenerator[Event, None], counted: Counted) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(self._lines(first, events), media_type="text/event-stream", headers=headers)
+        self._events, self._counted = events, counted
+
+    async def _lines(self, first: Event, events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
+        try:
+            yield _line(first)
+            async for event in events:
+                yield _line(event)
+        except ApiError as error:
+            self._counted.end(error.status)
+            yield _line(error.body())
+        except Exception as error:
+            self._counted.end(500)
+            yield _line(_failed("a stream", error).body())
+        else:
+            self._counted.end(200)
+            yield b"data: [DONE]\n\n"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._counted.end(LEFT)
+            await self._events.aclose()
 
 
-async def _unless_gone(request: Request, work: Any) -> Any:
-    """The result, or the end of the work when its client leaves."""
+async def _next(events: AsyncGenerator[Event, None]) -> Event:
+    return await anext(events)
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result. Raises ClientDisconnect, and ends the work, when the client leaves."""
     task = asyncio.create_task(work)
     gone = asyncio.create_task(_gone(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise ApiError("The client left.", status=499)
+        raise ClientDisconnect
     finally:
         for each in (task, gone):
             each.cancel()
@@ -259,6 +268,10 @@ async def _no_such(request: Request, error: Any) -> Response:
 
 
 async def _broken(request: Request, error: Exception) -> Response:
-    """Its words go to the log alone."""
-    _LOG.error("%s: %s", request.url.path, error, exc_info=error)
-    return _error(ApiError("The frontend failed. Its log says more.", status=500, kind="server_error"))
+    return _error(_failed(request.url.path, error))
+
+
+def _failed(where: str, error: Exception) -> ApiError:
+    """For a fault of ours; its words go to the log alone."""
+    _LOG.error("%s: %s", where, error, exc_info=error)
+    return ApiError("The frontend failed. Its log says more.", status=500, kind="server_error")

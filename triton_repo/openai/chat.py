@@ -13,7 +13,9 @@ from triton_repo.openai import guides
 from triton_repo.openai.chat_template import TemplateError
 from triton_repo.openai.errors import ApiError
 from triton_repo.openai.generation import Ask, Piece, generate, tensors
+from triton_repo.openai.messages import for_template
 from triton_repo.openai.models import Model
+from triton_repo.openai.rendering import Renderer
 from triton_repo.openai.requests import ChatRequest
 from triton_repo.openai.streams import Event, Usage, merged
 from triton_repo.openai.tags import Splitter, Tags, tool_call
@@ -90,16 +92,44 @@ class _Choice:
             yield {"content": text}
 
 
+async def prompt_of(request: ChatRequest, model: Model, renderer: Renderer) -> str:
+    """The messages as the model's template writes them. Raises ApiError."""
+    if model.template is None:
+        raise ApiError(
+            f"The model {model.name} has no chat template. Use /v1/completions, or start this with --chat-template.",
+            code="no_chat_template",
+        )
+    variables = dict(request.chat_template_kwargs or {})
+    if request.reasoning_effort is not None:
+        variables.setdefault("reasoning_effort", request.reasoning_effort)
+    for name in ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"):
+        if name in variables:
+            raise ApiError(f"chat_template_kwargs: {name} is a field of its own.", param="chat_template_kwargs")
+    messages = for_template(request.messages, model.template)
+    try:
+        return await renderer.render(
+            model.name,
+            messages=messages,
+            tools=None if request.tool_choice == "none" else request.tools,
+            documents=request.documents,
+            add_generation_prompt=request.add_generation_prompt and not request.continue_final_message,
+            continue_final_message=request.continue_final_message,
+            variables=variables,
+        )
+    except TemplateError as error:
+        raise ApiError(str(error), param="messages") from error
+
+
 class Chat:
     """One request to the endpoint: `events` as a stream, or `answer` as a whole."""
 
-    def __init__(self, client: AsyncClient, model: Model, request: ChatRequest, style: Style) -> None:
-        """Raises ApiError for a request that cannot be served."""
+    def __init__(self, client: AsyncClient, model: Model, request: ChatRequest, style: Style, prompt: str) -> None:
+        """prompt: as `prompt_of` renders it. Raises ApiError for a request that cannot be served."""
         self._client, self._model, self._request, self._style = client, model, request, style
         self._id, self._created = "chatcmpl-" + uuid.uuid4().hex, int(time.time())
+        self.usage = Usage()
         if (request.top_logprobs or 0) and not request.logprobs:
             raise ApiError("top_logprobs: expected logprobs to be true.", param="top_logprobs")
-        prompt = self._prompt()
         # A template that switches reasoning off closes it in the prompt.
         self._reasons = (
             style.reasoning if style.reasoning is None or not prompt.rstrip().endswith(style.reasoning.close) else None
@@ -130,34 +160,6 @@ class Chat:
         ]
         self._tensors = [tensors(request, ask, model) for ask in self._asks]
 
-    def _prompt(self) -> str:
-        request, template = self._request, self._model.template
-        if template is None:
-            raise ApiError(
-                f"The model {self._model.name} has no chat template. Use /v1/completions, or start this with --chat-template.",
-                code="no_chat_template",
-            )
-        variables = dict(request.chat_template_kwargs or {})
-        if request.reasoning_effort is not None:
-            variables.setdefault("reasoning_effort", request.reasoning_effort)
-        for name in ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"):
-            if name in variables:
-                raise ApiError(f"chat_template_kwargs: {name} is a field of its own.", param="chat_template_kwargs")
-        for place, message in enumerate(request.messages):
-            if not isinstance(message.get("role"), str):
-                raise ApiError(f"messages[{place}].role: expected a text.", param="messages")
-        try:
-            return template.render(
-                [_flat(place, message) for place, message in enumerate(request.messages)],
-                tools=None if request.tool_choice == "none" else request.tools,
-                documents=request.documents,
-                add_generation_prompt=request.add_generation_prompt and not request.continue_final_message,
-                continue_final_message=request.continue_final_message,
-                **variables,
-            )
-        except TemplateError as error:
-            raise ApiError(str(error), param="messages") from error
-
     def _choice(self) -> _Choice:
         style = self._style
         reasoning = None if self._reasons is None else Splitter(self._reasons, inside=self._opened, once=True)
@@ -171,8 +173,7 @@ class Chat:
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """Chunks of the stream. Raises ApiError, before the first of them where the server refuses."""
-        choices = [self._choice() for _ in self._asks]
-        usage = Usage()
+        choices, usage = [self._choice() for _ in self._asks], self.usage
         begun: set[int] = set()
         wants = self._request.stream_options
         async for index, piece in self._pieces():
@@ -201,7 +202,7 @@ class Chat:
         messages: list[dict[str, Any]] = [{"role": "assistant", "content": "", "tool_calls": []} for _ in choices]
         ends: list[Piece | None] = [None] * len(choices)
         logs: list[list[dict[str, Any]]] = [[] for _ in choices]
-        usage = Usage()
+        usage = self.usage
         async for index, piece in self._pieces():
             deltas = list(choices[index].push(piece.text))
             logs[index] += (self._probabilities(piece) or {"content": []})["content"]
@@ -278,22 +279,6 @@ class Chat:
         if wants is not None and wants.include_usage:
             chunk["usage"] = usage.body() if wants.continuous_usage_stats else None
         return chunk
-
-
-def _flat(place: int, message: dict[str, Any]) -> dict[str, Any]:
-    """Contents that are a list of texts, as one text: templates expect that."""
-    content = message.get("content")
-    if not isinstance(content, list):
-        if content is not None and not isinstance(content, str):
-            raise ApiError(f"messages[{place}].content: expected a text or a list of texts.", param="messages")
-        return message
-    texts = []
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") not in ("text", "input_text") or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise ApiError(f"messages[{place}].content: expected parts of type text, found {str(kind)[:40]}.", param="messages")
-        texts.append(part["text"])
-    return message | {"content": "\n".join(texts)}
 
 
 def _join(message: dict[str, Any], delta: dict[str, Any]) -> None:

@@ -34,12 +34,12 @@ class ChatTemplate:
     def __init__(self, named: Mapping[str, str], tokens: Mapping[str, str] | None = None) -> None:
         """Raises ConfigError for a source that is no template."""
         self._tokens = dict(tokens or {})
-        environment = _environment()
+        self._environment = _environment()
         self._sources = dict(named)
         self._compiled: dict[str, jinja2.Template] = {}
         for name, source in named.items():
             try:
-                self._compiled[name] = environment.from_string(source)
+                self._environment.parse(source)  # compiling it would compute its constants, however large
             except (jinja2.TemplateError, RecursionError) as error:
                 raise ConfigError(
                     f"the chat template {name}",
@@ -47,6 +47,14 @@ class ChatTemplate:
                     found=f"{error}"[:200],
                     remedy="give another with --chat-template",
                 ) from error
+
+    def description(self) -> dict[str, Any]:
+        """As JSON; `ChatTemplate(**description)` is the same."""
+        return {"named": self._sources, "tokens": self._tokens}
+
+    def speaks_of(self, word: str) -> bool:
+        """Whether a source has this word in it."""
+        return any(word in source for source in self._sources.values())
 
     @classmethod
     def load(cls, folder: Path, file: Path | None = None) -> ChatTemplate | None:
@@ -73,20 +81,24 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        **variables: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt. Messages, tools and variables are JSON values. Raises TemplateError with the template's own words."""
         name = "tool_use" if tools and "tool_use" in self._sources else "default"
-        if name not in self._compiled:
+        if name not in self._sources:
             raise TemplateError(f"this model has no template named {name}")
-        chat = [_with_reasoning(dict(message)) for message in messages]
+        # Clients send null for what is not there, at which many templates stumble.
+        there = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        chat = [_with_reasoning(message) for message in there]
         if continue_final_message:
             chat[-1] = _tagged(chat[-1])
         known = {"messages": chat, "tools": tools or None, "documents": documents or None}
         text = ""
         try:
+            if name not in self._compiled:
+                self._compiled[name] = self._environment.from_string(self._sources[name])
             pieces = self._compiled[name].generate(
-                {**self._tokens, **variables, **known, "add_generation_prompt": add_generation_prompt}
+                {**self._tokens, **(variables or {}), **known, "add_generation_prompt": add_generation_prompt}
             )
             for piece in pieces:
                 text += piece

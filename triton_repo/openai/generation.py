@@ -28,18 +28,26 @@ class Piece:
     stop_reason: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    context: NDArray[np.float32] | None = None
+    """Logits [T, V] of the prompt, where they are asked for."""
+
+    def without_token(self) -> Piece:
+        """The same, of an answer whose only token was not asked for."""
+        ended = self.finish_reason and "length"
+        return Piece("", finish_reason=ended, prompt_tokens=self.prompt_tokens, context=self.context)
 
 
 @dataclass(frozen=True)
 class Ask:
     """What one answer needs beyond the request's own fields. prompt: text, or token ids. logprobs: None, or how many
-    alternatives beside each token."""
+    alternatives beside each token. context: whether the prompt's logits are wanted."""
 
     prompt: str | Sequence[int]
     max_tokens: int | None
     special_tokens: bool = True
     skip_special_tokens: bool = True
     logprobs: int | None = None
+    context: bool = False
     guide: tuple[str, str] | None = None
     stop: Sequence[str] = field(default_factory=tuple)
     choice: int = 0
@@ -62,6 +70,8 @@ def tensors(request: Request, ask: Ask, model: Model) -> dict[str, NDArray[Any]]
         given["max_tokens"] = ask.max_tokens
     if ask.logprobs is not None:
         given |= {"return_log_probs": True, "return_output_ids": True, "top_logprobs": ask.logprobs}
+    if ask.context:
+        given["return_context_logits"] = True
     arrays = {name: np.asarray([[value]], _dtype(name, value)) for name, value in given.items()}
     if isinstance(ask.prompt, str):
         arrays["text_input"] = _strings([_utf8("prompt", ask.prompt)])
@@ -100,27 +110,47 @@ def sampling(request: Request, generation: Mapping[str, float | bool]) -> dict[s
 
 
 async def generate(client: AsyncClient, model: Model, arrays: dict[str, NDArray[Any]]) -> AsyncIterator[Piece]:
-    """The pieces of one answer; left early, its request is cancelled. Raises ApiError."""
+    """The pieces of one answer, of which the last has a finish_reason; left early, its request is cancelled.
+
+    Raises ApiError, also for an answer that somebody else has ended.
+    """
+    ended: str | None = None
     try:
         async for result in client.stream(model.served, arrays):
             found = {tensor.name for tensor in result.get_response().outputs}
             last = "finish_reason" in found
+            ended = _text(result, "finish_reason") if last else None
+            if ended == "cancelled":
+                break
             yield Piece(
                 text=_text(result, "text_output") if "text_output" in found else "",
                 tokens=result.as_numpy("output_ids").reshape(-1).tolist() if "output_ids" in found else (),
                 log_probs=result.as_numpy("output_log_probs").reshape(-1).tolist() if "output_log_probs" in found else (),
                 top=_top(result) if "top_log_probs" in found else (),
-                finish_reason=_text(result, "finish_reason") if last else None,
+                finish_reason=ended,
                 stop_reason=_text(result, "stop_reason") or None if last else None,
                 prompt_tokens=int(result.as_numpy("num_input_tokens").item()) if "num_input_tokens" in found else 0,
                 completion_tokens=int(result.as_numpy("num_output_tokens").item()) if "num_output_tokens" in found else 0,
+                context=_rows(result, "context_logits") if "context_logits" in found else None,
             )
     except Refused as error:
         raise from_server(error) from error
+    if ended not in ("stop", "length"):
+        raise ApiError(
+            "The answer was ended before it was complete. Send the request again.",
+            status=503,
+            kind="server_error",
+            code="unavailable",
+        )
 
 
 def _text(result: Any, name: str) -> str:
     return b"".join(result.as_numpy(name).reshape(-1).tolist()).decode("utf-8", "replace")
+
+
+def _rows(result: Any, name: str) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = result.as_numpy(name)
+    return array.reshape(-1, array.shape[-1])
 
 
 def _top(result: Any) -> list[list[tuple[int, float]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import time
@@ -14,6 +15,7 @@ from engines.runtime.manifest import read_manifest
 from engines.runtime.text import Tokenizer
 from ngpt.errors import ServerError
 from triton_repo.openai.chat_template import ChatTemplate
+from triton_repo.openai.errors import ApiError
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -27,8 +29,21 @@ class Model:
     tokenizer: Tokenizer
     template: ChatTemplate | None
     max_length: int
+    vocab_size: int
     generation: Mapping[str, float | bool]
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def encode(self, prompt: str | list[int], *, add_special_tokens: bool) -> list[int]:
+        """A prompt's token ids; those that are given are held against the vocabulary. Raises ApiError."""
+        if isinstance(prompt, str):
+            try:
+                self.tokenizer.check_length("prompt", prompt, self.max_length)
+                prompt = self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+            except ServingError as error:
+                raise ApiError(str(error), param="prompt") from error
+        if not prompt or not all(0 <= token < self.vocab_size for token in prompt):
+            raise ApiError(f"prompt: expected token ids from 0 to {self.vocab_size - 1}, at least one.", param="prompt")
+        return prompt
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for, which may be a part of a character."""
@@ -37,12 +52,15 @@ class Model:
             return b""
         if _BYTE.fullmatch(name):
             return bytes([int(name[3:5], 16)])
-        special = self.tokenizer.raw.get_added_tokens_decoder()
-        if token not in special and self._byte_level and all(letter in _letters() for letter in name):
+        if token not in self._added and self._byte_level and all(letter in _letters() for letter in name):
             return bytes(_letters()[letter] for letter in name)
         return name.replace("▁", " ").encode("utf-8")
 
-    @property
+    @functools.cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.raw.get_added_tokens_decoder())
+
+    @functools.cached_property
     def _byte_level(self) -> bool:
         decoder = self.tokenizer.raw.decoder
         return decoder is not None and b"ByteLevel" in bytes(decoder.__getstate__())
@@ -72,7 +90,8 @@ def open_models(repository: Path, *, chat_template: Path | None = None, name: st
         except ServingError as error:
             raise ServerError(f"the model {served} cannot be read", found=str(error)) from error
         template = ChatTemplate.load(version / "tokenizer", chat_template)
-        found[served] = Model(served, served, tokenizer, template, manifest.model.max_length, manifest.generation)
+        sizes = manifest.model.max_length, manifest.model.vocab_size
+        found[served] = Model(served, served, tokenizer, template, *sizes, manifest.generation)
     if not found:
         raise ServerError(
             "no model that takes text",
@@ -83,5 +102,5 @@ def open_models(repository: Path, *, chat_template: Path | None = None, name: st
         if len(found) > 1:
             raise ServerError("--model-name", expected="a repository of one model", found=", ".join(found))
         (model,) = found.values()
-        return {name: Model(name, model.served, model.tokenizer, model.template, model.max_length, model.generation)}
+        return {name: dataclasses.replace(model, name=name)}
     return found

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -11,18 +12,19 @@ from triton_repo.openai.errors import ApiError
 
 MAX_CHOICES = 128
 MAX_STOP = 64
+MAX_DEPTH = 100  # what is nested deeper, some library down the road cannot read
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 IGNORED = {
     "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
     "prompt_cache_retention", "verbosity", "request_id", "priority", "include_reasoning", "separate_reasoning",
+    "detokenize", "guided_decoding_backend", "cache_salt",
 }  # fmt: skip
 """Taken, and without effect: they do not change what is answered."""
 REFUSED: dict[str, tuple[Any, str]] = {
     "use_beam_search": (False, "Beam search is not offered."),
     "length_penalty": (1.0, "It is for beam search, which is not offered."),
     "early_stopping": (False, "It is for beam search, which is not offered."),
-    "best_of": (1, "Ask for n answers."),
-    "suffix": (None, "There is no infilling."),
+    "suffix": ("", "There is no infilling."),
     "audio": (None, "The model gives text."),
     "modalities": (["text"], "The model gives text."),
     "prediction": (None, "Predicted outputs are not offered."),
@@ -39,6 +41,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "top_a": (0.0, "Use min_p."),
     "typical_p": (1.0, "Use min_p."),
     "mirostat": (0, "Use min_p."),
+    "echo": (False, "It is for the completions endpoint."),
+    "include_stop_str_in_output": (False, "stop_reason says which stop string was met."),
+    "spaces_between_special_tokens": (True, "Text is what the tokenizer makes of its tokens."),
+    "return_tokens_as_token_ids": (False, "The bytes of logprobs say what a token is."),
+    "return_token_ids": (False, "Ask Triton's own endpoint (return_output_ids)."),
+    "allowed_token_ids": (None, "Use logit_bias or a guide."),
+    "guided_whitespace_pattern": (None, "There is one: a few spaces and line ends."),
+    "thinking_token_budget": (None, "Use max_tokens."),
 }
 """What other servers do and this one does not: the value that asks for nothing, and what to do instead."""
 
@@ -71,6 +81,7 @@ class Request(BaseModel):
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1, lt=1 << 31)
     n: int | None = Field(1, ge=1, le=MAX_CHOICES)
+    best_of: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 64)
     temperature: Finite | None = Field(None, ge=0, le=2e3)
     top_p: Finite | None = Field(None, gt=0, le=1)
@@ -108,6 +119,7 @@ class Request(BaseModel):
 class CompletionRequest(Request):
     """POST /v1/completions."""
 
+    max_tokens: int | None = Field(None, ge=0, lt=1 << 31)
     prompt: str | list[str] | list[int] | list[list[int]]
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=20)
@@ -129,6 +141,28 @@ class ChatRequest(Request):
     reasoning_effort: str | None = None
 
 
+def parse(data: bytes) -> Any:
+    """JSON, of numbers that JSON has, and of bounded depth. Raises ApiError."""
+    try:
+        found = json.loads(data, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(f"The body: expected JSON ({error})."[:200]) from None
+    level: list[Any] = [found]
+    for _ in range(MAX_DEPTH):
+        level = [each for value in level if isinstance(value, list | dict) for each in _members(value)]
+        if not level:
+            return found
+    raise ApiError(f"The body: expected at most {MAX_DEPTH} levels of lists and objects.")
+
+
+def _members(value: list[Any] | dict[str, Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
 def read(kind: type[Request], body: object) -> Any:
     """The request that a JSON value is. Raises ApiError, by the field's name."""
     if not isinstance(body, Mapping):
@@ -139,6 +173,8 @@ def read(kind: type[Request], body: object) -> Any:
         first = error.errors(include_url=False, include_input=False)[0]
         param = ".".join(str(part) for part in first["loc"][:1]) or None
         raise ApiError(f"{param or 'The request'}: {first['msg']}"[:500], param=param) from None
+    if found.best_of is not None and found.best_of != (found.n or 1):
+        raise ApiError("best_of: expected n, or nothing. Ask for n answers, and choose from them.", param="best_of")
     for name, value in (found.model_extra or {}).items():
         neutral, instead = REFUSED.get(name, (None, "It is not known here."))
         if name not in IGNORED and value is not None and value != neutral:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from triton_repo.openai.generation import Piece
@@ -15,15 +15,20 @@ Event = dict[str, Any]
 
 @dataclass
 class Usage:
-    """Tokens of a request: its prompt once, and what all its choices have said."""
+    """Tokens of a request: each of its prompts once, and what all its choices have said."""
 
-    prompt: int = 0
+    prompts: dict[int, int] = field(default_factory=dict)
     completion: int = 0
 
-    def add(self, piece: Piece) -> None:
-        """The last piece of a choice."""
-        self.prompt = max(self.prompt, piece.prompt_tokens)
+    def add(self, piece: Piece, prompt: int = 0) -> None:
+        """The last piece of a choice, and the place of the prompt that it answers."""
+        self.prompts[prompt] = piece.prompt_tokens
         self.completion += piece.completion_tokens
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of all prompts."""
+        return sum(self.prompts.values())
 
     def body(self) -> dict[str, int]:
         """As JSON."""

@@ -180,6 +180,7 @@ class TritonPythonModel:
             )
         # A stream carries what is new, whatever the option says.
         whole = not (options.wants("exclude_input", self.exclude_input) or options.wants("stream"))
+        stops = {sequence[0] for sequence in sampling.get("stop_sequences", ()) if len(sequence) == 1}
         answer = Answer(
             running.sender,
             options,
@@ -188,6 +189,7 @@ class TritonPythonModel:
             stream=stream,
             text=gives_text,
             ids=text is None or options.wants("return_output_ids"),
+            ends={*sampling.get("eos_token_ids", self.model.eos_token_ids), *stops},
             wanted=running.wanted,
         )
         handle = self.engine.submit(prompt, **sampling)
