@@ -20,8 +20,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: env
 	$(BIN)/python scripts/demo.py
 
+# What is not slow first, a process a core; then real servers, processes that are stopped and deadlines, one after another.
 test: env
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n auto --dist worksteal
+	$(BIN)/python -m pytest -q -m slow
 
 # The inner loop: everything but the tests marked `slow` (tests/conftest.py says which those are), a process a core and a thread each.
 test-fast: export OMP_NUM_THREADS = 1
