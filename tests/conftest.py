@@ -26,6 +26,8 @@ SLOW_FILES = (
     "tests/openai/test_endpoints.py",
     "tests/triton_repo/test_command.py",
     "tests/triton_repo/test_layout.py",
+    "tests/triton_repo/test_metrics.py",
+    "tests/triton_repo/test_nvidia_frontend.py",
     "tests/triton_repo/test_probe.py",
     "tests/triton_repo/test_server.py",
     "tests/triton_repo/test_serving.py",
