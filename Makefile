@@ -14,14 +14,16 @@ env: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[torch,onnx,rtx,serve,genai,openvino,docs,dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[torch,onnx,rtx,serve,openai,guided,genai,openvino,docs,dev]'
 	touch $@
 
 demo: env
 	$(BIN)/python scripts/demo.py
 
+# What is not slow first, a process a core; then real servers, processes that are stopped and deadlines, one after another.
 test: env
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n auto --dist worksteal
+	$(BIN)/python -m pytest -q -m slow
 
 # The inner loop: everything but the tests marked `slow` (tests/conftest.py says which those are), a process a core and a thread each.
 test-fast: export OMP_NUM_THREADS = 1

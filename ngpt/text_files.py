@@ -16,7 +16,7 @@ from ngpt.errors import CheckpointError, ConfigError, CorruptFileError, MissingP
 from ngpt.files import MAX_CONFIG_BYTES, contained, exists, kind_of, not_there, read_json
 
 TOKENIZER_FILE, TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
-GENERATION_CONFIG = "generation_config.json"
+GENERATION_CONFIG, CHAT_TEMPLATE = "generation_config.json", "chat_template.jinja"
 TOKENIZER_FILES = (
     TOKENIZER_FILE,
     TOKENIZER_CONFIG,
@@ -25,9 +25,10 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
 )
 MAX_GROWTH = 64  # published tokenizers replace one character by one to three
+MAX_TEMPLATE_BYTES = 1 << 20
 MAX_TOKENIZER_BYTES = 256 << 20  # as the serving side reads it (engines.runtime.text)
 _SIDE_FILES = (TOKENIZER_CONFIG, SPECIAL_TOKENS, "added_tokens.json")
 _NUMBER = re.compile(r"-?[0-9]{1,20}")
@@ -238,6 +239,20 @@ def given_tokenizer(tokenizer: str | os.PathLike[str]) -> dict[str, Path]:
             remedy="write one with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER)",
         )
     return files
+
+
+def given_chat_template(file: str | os.PathLike[str]) -> Path:
+    """A file with a chat template. Raises `CheckpointError` where there is none, `CorruptFileError` for one that is too large or
+    no text."""
+    path = Path(file)
+    if kind_of(path) != "file":
+        raise not_there(path, os.fspath(file), what="chat template", expected="a file with a jinja2 template")
+    with path.open("rb") as opened:
+        data = opened.read(MAX_TEMPLATE_BYTES + 1)
+    with contextlib.suppress(UnicodeDecodeError):
+        if len(data) <= MAX_TEMPLATE_BYTES and data.decode("utf-8").strip():
+            return path
+    raise CorruptFileError(f"{path} is no chat template", expected=f"a text in UTF-8 of at most {MAX_TEMPLATE_BYTES} bytes")
 
 
 def _text_file(folder: Path, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""`ngpt-deploy`: plan, build, verify, package, serve, generate, inspect, convert, bench."""
+"""`ngpt-deploy`: plan, build, verify, package, serve, openai, chat, generate, inspect, convert, bench."""
 
 import argparse
 import contextlib
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from engines.target import load_targets
 from ngpt import __version__
-from scripts.commands import building, inspecting, planning, serving
+from scripts.commands import building, chatting, inspecting, planning, serving, talking
 from scripts.commands.options import Help, Parser, Run
 from scripts.signals import stopping
 from scripts.terminal import NAME, fail, finish_output, prepared, stopped
@@ -50,6 +50,8 @@ def parser() -> argparse.ArgumentParser:
     building.add_verify(command)
     serving.add_package(command)
     serving.add_serve(command)
+    talking.add_openai(command)
+    chatting.add_chat(command)
     serving.add_generate(command)
     inspecting.add_inspect(command)
     building.add_convert(command)

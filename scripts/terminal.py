@@ -25,6 +25,7 @@ _EXTRAS = {
     "onnx_ir": "onnx",
     "ml_dtypes": "onnx",
     "onnxruntime": "onnx",
+    "llguidance": "guided",
 }
 _EXTRAS |= {"tritonclient": "serve", "google": "serve", "grpc": "serve", "pytriton": "serve"}
 _ALWAYS = ("numpy", "tokenizers", "tqdm")  # what every installation has, unless somebody took it away

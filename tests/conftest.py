@@ -21,8 +21,13 @@ SLOW_FILES = (
     "tests/export/plugins/test_numerics.py",  # compiles the kernels for the CPU first
     # A real server, processes that are stopped by signals, and deadlines: minutes, and other tests beside them disturb them.
     "tests/test_signals.py",
+    "tests/test_soak.py",
+    "tests/openai/test_commands.py",
+    "tests/openai/test_endpoints.py",
     "tests/triton_repo/test_command.py",
     "tests/triton_repo/test_layout.py",
+    "tests/triton_repo/test_metrics.py",
+    "tests/triton_repo/test_nvidia_frontend.py",
     "tests/triton_repo/test_probe.py",
     "tests/triton_repo/test_server.py",
     "tests/triton_repo/test_serving.py",

@@ -24,7 +24,7 @@ from engines.runtime.errors import ServingError
 from engines.runtime.manifest import MANIFEST_NAME, Manifest, contained_path, read_manifest, verify_files, write_manifest
 from ngpt.atomic_folder import check_free, new_folder
 from ngpt.errors import PackagingError
-from ngpt.text_files import End, TextFiles, given_tokenizer
+from ngpt.text_files import CHAT_TEMPLATE, End, TextFiles, given_chat_template, given_tokenizer
 from triton_repo.config_pbtxt import (
     DEFAULT_NAME,
     Settings,
@@ -80,7 +80,7 @@ _MOST_INSTANCES = 16
 _MOST = (1 << 31) - 1  # a count in a repository's configuration has 32 bits
 _LOG = logging.getLogger("ngpt")
 _HERE = Path(__file__).resolve().parent
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", CHAT_TEMPLATE)
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,98}[A-Za-z0-9])?")
 
 
@@ -103,6 +103,7 @@ def package_engine(
     model_version: int | None = None,
     instances: int | None = None,
     gpus: Sequence[int] = (),
+    chat_template: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Write a model repository: ``ensemble``, which holds tokenizer, scheduler and engine, ``tensorrt_llm``, the same by the
     names of a tokens model, ``preprocessing`` and ``postprocessing``.
@@ -132,13 +133,14 @@ def package_engine(
             0.9 if not given. For its engines alone.
 
         add_special_tokens: whether the tokenizer adds its own (a bos) to a prompt unless a request says otherwise.
+        chat_template: a jinja2 template in place of the tokenizer's own.
         name: of the model that holds the engine, so that one server can have several; the others become ``NAME_tensorrt_llm``,
             ``NAME_preprocessing`` and ``NAME_postprocessing``.
         model_version: number of the version's folder, 1 if not given.
         instances: processes that each hold the whole engine, 1 if not given; with ``gpus`` on each of them.
         gpus: numbers of the GPUs that instances run on; the runtime's own choice where there are none.
 
-    Of the last four, none is for engines of TensorRT-LLM.
+    Of name, model_version, instances and gpus, none is for engines of TensorRT-LLM.
 
     Returns:
         The repository's path.
@@ -165,6 +167,8 @@ def package_engine(
     check_free(output, kind=PackagingError)  # before gigabytes are hashed
     manifest = _checked_manifest(engine, allow_unverified, num_slots)
     text = _text_files(engine, manifest, tokenizer, eos)
+    if chat_template is not None:
+        text.files[CHAT_TEMPLATE] = given_chat_template(chat_template)
     manifest = dataclasses.replace(manifest, model=dataclasses.replace(manifest.model, eos_token_ids=text.ends))
     models, theirs = LAYOUTS[manifest.target.runtime], LAYOUTS[manifest.target.runtime] is TENSORRT_LLM
     of_ours = {"threads": threads, "prefill_chunk": prefill_chunk, "name": name, "model_version": model_version}

@@ -26,13 +26,12 @@ from types import TracebackType
 
 from ngpt.errors import ServerError, missing_package, os_trouble
 from triton_repo.machine import HOST, check_port, dead_model, free_ports, http_ok
-
-Probe = Callable[[str], object]
-"""Called with ``host:port`` of the gRPC endpoint; must run one real inference and raise if it fails."""
+from triton_repo.probe import Asked, Probe, default_probe
 
 _LOG_TAIL_LINES = 25
 _LOOK_SECONDS = 0.2
-_MOST_DEATHS, _DEATHS_SECONDS = 5, 600.0
+_ALL_ANSWERED, _UNLOAD_SECONDS = b"All models are stopped, unloading models", 5.0
+_DEATHS_SECONDS = 600.0
 
 
 def check_numpy() -> None:
@@ -61,24 +60,6 @@ def triton_home() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise missing_package("the Triton server is not installed", "serve")
     return Path(next(iter(spec.submodule_search_locations))) / "tritonserver"
-
-
-def default_probe(repository: Path) -> Probe:
-    """A probe for a repository made by ``package_engine``: one token of every engine in it, through text where there is a
-    tokenizer."""
-    from triton_repo.client import generate_text, generate_tokens
-
-    own = sorted({path.parents[2].name for path in repository.glob("*/*/engine/manifest.json")} - {"tensorrt_llm"})
-    models = own or ["ensemble" if (repository / "ensemble").is_dir() else "tensorrt_llm"]
-
-    def probe(url: str) -> None:
-        for model in models:
-            if model != "tensorrt_llm" and (own == [] or any((repository / model).glob("*/tokenizer"))):
-                generate_text(url, "a", max_tokens=1, timeout=30.0, model=model)
-            else:
-                generate_tokens(url, [0], max_tokens=1, timeout=30.0, model=model)
-
-    return probe
 
 
 class TritonServer:
@@ -195,9 +176,16 @@ class TritonServer:
 
     def start(self) -> None:
         """Start the server and wait until an inference has succeeded."""
-        self._stopped = False
         if self._process is not None:
             raise ServerError("the server is already running", found=f"pid {self._process.pid}")
+        self._stopped = False
+        try:
+            self._start()
+        except BaseException:  # Ctrl-C and SIGTERM too
+            self._clean_up()
+            raise
+
+    def _start(self) -> None:
         check_numpy()
         home = triton_home()
         for port in filter(None, self._wanted_ports):
@@ -217,16 +205,12 @@ class TritonServer:
                     return
                 except ServerError:
                     port_taken = self._process is not None and "already in use" in self._log_text().lower()
-                    self._terminate()
+                    self._terminate(patience=0.0)  # it has nothing to answer
                     if attempt == 2 or not port_taken:
                         raise
         except OSError as error:  # of the log, of the scratch folder, of starting the program
-            self._clean_up()
             found, remedy = os_trouble(error)
             raise ServerError("the Triton server cannot be started", found=found, remedy=remedy) from error
-        except BaseException:  # Ctrl-C and SIGTERM too
-            self._clean_up()
-            raise
 
     def wait(self) -> None:
         """Block until the server ends by itself. Raises ServerError when it does, for nobody asked it to."""
@@ -236,16 +220,17 @@ class TritonServer:
             if self._process is not None:
                 raise self._failure("the Triton server stopped")
 
-    def watch(self, say: Callable[[str], object]) -> None:
+    def watch(self, say: Callable[[str], object], *, most_deaths: int = 5) -> None:
         """Block, and start the server again, on the same ports, when it or the process of one of its models has died.
 
         A dead model's requests would hang, and its server call itself ready: both are ended at once, so that clients see
-        their connections close. ``say`` is told what died, and when it answers again. Raises ServerError when it does not,
-        or when it dies more than five times within ten minutes.
+        their connections close. ``say`` is told what died, and when it answers again. Raises ServerError when something dies
+        more often than ``most_deaths`` times within ten minutes, a start that fails included.
         """
         deaths: collections.deque[float] = collections.deque()
-        while (process := self._process) is not None:
-            died = "the Triton server" if process.poll() is not None else dead_model(process.pid)
+        while not self._stopped:
+            process = self._process
+            died = "the Triton server" if process is None or process.poll() is not None else dead_model(process.pid)
             if not died:
                 time.sleep(_LOOK_SECONDS)
                 continue
@@ -253,18 +238,18 @@ class TritonServer:
             deaths.append(now)
             while deaths[0] < now - _DEATHS_SECONDS:
                 deaths.popleft()
-            if len(deaths) > _MOST_DEATHS:
+            if len(deaths) > most_deaths:
                 raise self._failure(f"{died} has died {len(deaths)} times within {_DEATHS_SECONDS / 60:g} minutes")
             say(f"{died} has died: starting again")
             self._wanted_ports = self._ports
             self._terminate(patience=0.0)
             try:
-                self.start()
-            except ServerError:
-                if self._stopped:  # by another thread
-                    return
-                raise
-            say(f"answers again, {time.monotonic() - now:.1f} s later")
+                self._start()
+                say(f"answers again, {time.monotonic() - now:.1f} s later")
+            except ServerError as error:
+                if not self._stopped:  # it may come up the next time, and that is counted
+                    say(f"{error}")
+                    time.sleep(_LOOK_SECONDS)
 
     def stop(self) -> None:
         """Stop the server; does nothing when it is not running."""
@@ -344,17 +329,21 @@ class TritonServer:
         probe = self._probe if self._probe is not None else default_probe(self.repository)
         ready = False
         last = "not ready"
+        asked: Asked | None = None
         while time.monotonic() < deadline:
             if self._process is None or self._process.poll() is not None:
                 raise self._failure("the Triton server stopped while starting")
             if not ready:
                 ready = http_ok(f"http://{self.http_url}/v2/health/ready")
-            if ready:
-                try:
-                    probe(self.grpc_url)
+            if ready and asked is None:
+                asked = Asked(probe, self.grpc_url)
+            if asked is not None and asked.ended:
+                if asked.error is None:
                     return
-                except Exception as error:  # whatever went wrong is reported below if it lasts
-                    last = f"{type(error).__name__}: {error}"
+                last, asked = f"{type(asked.error).__name__}: {asked.error}", None
+            # What is asked of a model that has died is never answered.
+            if died := dead_model(self._process.pid):
+                raise self._failure(f"{died} has died while the server was starting")
             time.sleep(0.1)
         raise self._failure(f"no inference succeeded within {self._start_timeout:g} s ({last})")
 
@@ -374,18 +363,35 @@ class TritonServer:
             log.seek(self._log_start)
             return log.read().decode("utf-8", "replace")
 
+    def _let_end(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait until a server that was told to stop has ended, or has nothing left to answer.
+
+        A request that its client cancels just as it ends is counted on by server 2.51 for ever: the model is then never
+        unloaded, and the server waits out its whole limit. Its log says when all are answered.
+        """
+        start = time.monotonic()
+        limit = self._stop_timeout + 5.0
+        with self.log_path.open("rb") as log:
+            log.seek(0, os.SEEK_END)
+            said = b""
+            while process.poll() is None and time.monotonic() < start + limit:
+                said = said[-len(_ALL_ANSWERED) :] + log.read()
+                if _ALL_ANSWERED in said:
+                    limit = min(limit, time.monotonic() - start + _UNLOAD_SECONDS)
+                    said = b""
+                time.sleep(0.02)
+
     def _terminate(self, patience: float | None = None) -> None:
         process, self._process = self._process, None
         if process is None:
             return
         atexit.unregister(self._terminate)
+        if process.poll() is None and patience is None:
+            process.send_signal(signal.SIGTERM)
+            self._let_end(process)
         if process.poll() is None:
-            process.send_signal(signal.SIGTERM if patience is None else signal.SIGKILL)
-            try:
-                process.wait(self._stop_timeout + 5.0 if patience is None else patience)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.kill()
+            process.wait()
         # The server leads a session of its own: whatever is left in it are its orphaned model processes.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -12,6 +12,7 @@ from .errors import (
     ServingError,
 )
 from .events import Result, Times, TokenEvent
+from .guide import Guide
 from .manifest import FileEntry, Manifest, ModelInfo, TargetInfo, read_manifest, verify_files, write_manifest
 from .request import RequestHandle
 from .runner import Runner
@@ -27,6 +28,7 @@ __all__ = [
     "Engine",
     "EngineFileError",
     "FileEntry",
+    "Guide",
     "Manifest",
     "MissingRuntimeError",
     "ModelInfo",

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from .compatibility import slots_for
 from .errors import ClosedError, EngineFileError, RequestError, RunnerError, ServingError
 from .events import TokenEvent
+from .guidance import GuideCompiler
 from .manifest import Manifest, contained_path, read_manifest
 from .manifest import verify_files as check_files
 from .request import RequestHandle
@@ -63,7 +64,8 @@ class Engine:
     ) -> None:
         self.runner = runner
         self.manifest = manifest
-        self.scheduler = Scheduler(runner, prefill_chunk=prefill_chunk, max_queue=max_queue)
+        guides = GuideCompiler(tokenizer.raw if tokenizer is not None else None, runner.vocab_size)
+        self.scheduler = Scheduler(runner, prefill_chunk=prefill_chunk, max_queue=max_queue, guides=guides)
         self._tokenizer = tokenizer
         self._closed = False
         # Ends the scheduler's thread when an engine is dropped without close(), at the latest with the interpreter.
@@ -164,7 +166,8 @@ class Engine:
             The new tokens of each prompt alone, an end token included.
 
         Raises:
-            RequestError: a prompt or an option is out of range.
+            RequestError: a prompt or an option is out of range, or a guide cannot be followed.
+            MissingRuntimeError: a guide needs llguidance, which is not installed.
             CapacityError: too many requests wait already.
             RunnerError: the runtime failed.
         """
@@ -176,7 +179,7 @@ class Engine:
             handles: list[RequestHandle] = []
             try:
                 for prompt in checked[first : first + self.scheduler.max_queue]:
-                    handles.append(self.scheduler.submit(prompt, params))
+                    handles.append(self._submit(prompt, params))
                 results.extend([handle.result().tokens for handle in handles])
             finally:
                 _abandon(handles)
@@ -206,6 +209,7 @@ class Engine:
         *,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
+        add_special_tokens: bool = True,
         **sampling: Any,
     ) -> Iterator[str]:
         """The continuation of a text, in pieces as they come.
@@ -214,6 +218,8 @@ class Engine:
             prompt: text; bytes are read as UTF-8.
             max_new_tokens, ignore_eos, sampling: as in `generate`.
             stop: strings; the text ends before the first of them.
+            add_special_tokens: whether the tokenizer adds its own, such as a bos, to the prompt; a rendered chat template has
+                them already.
 
         Yields:
             Pieces of text, none of them empty.
@@ -221,7 +227,7 @@ class Engine:
         Raises:
             ServingError: as `generate`, and EngineFileError where the engine has no tokenizer.
         """
-        tokens = self.tokenizer.encode(prompt)
+        tokens = self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
         params = self.params(max_new_tokens, ignore_eos, **sampling)
         stream = TextStream(self.tokenizer, stop, min_tokens=params.min_new_tokens, context=tokens)
         return _pieces(self._submit(tokens, params), stream)
@@ -233,10 +239,14 @@ class Engine:
         *,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
+        add_special_tokens: bool = True,
         **sampling: Any,
     ) -> str:
         """The continuation of a text, without the prompt and without special tokens. Arguments and errors as in `stream_text`."""
-        return "".join(self.stream_text(prompt, max_new_tokens, stop=stop, ignore_eos=ignore_eos, **sampling))
+        pieces = self.stream_text(
+            prompt, max_new_tokens, stop=stop, ignore_eos=ignore_eos, add_special_tokens=add_special_tokens, **sampling
+        )
+        return "".join(pieces)
 
     def _submit(self, prompt: Sequence[int] | Tokens, params: SamplingParams) -> RequestHandle:
         self._start()

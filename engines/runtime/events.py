@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from .runner import Logits
 
 FinishReason = Literal["eos", "stop", "length", "cancelled", "error"]
 CancelReason = Literal["cancelled", "stop"]
+TopLogprobs = tuple[tuple[int, float], ...]
 NO_TOKEN = -1
 """The `token` of an event that only says how a request ended."""
 
@@ -21,6 +22,8 @@ class TokenEvent:
     like any other; ``stop_sequence`` says which tokens at the end of the output made it stop. ``logits`` is the
     model's own float32 [V] row when return_generation_logits was asked. When a request ends by "cancelled" or
     "error" its last event carries no token: ``token`` is -1 (NO_TOKEN) and ``has_token`` is False.
+    ``top_logprobs`` holds the most probable tokens under the model itself and their natural-log probabilities, falling (tokens
+    that tie in order of id): as many as were asked for, or all that the model has.
     """
 
     token: int
@@ -29,6 +32,7 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     stop_sequence: tuple[int, ...] = ()
     logits: Logits | None = None
+    top_logprobs: TopLogprobs = ()
 
     @property
     def has_token(self) -> bool:
@@ -48,7 +52,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished request. ``logprobs`` has one entry per token when they were asked for, otherwise none."""
+    """A finished request. ``logprobs`` and ``top_logprobs`` have one entry per token when asked for, otherwise none."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -57,6 +61,7 @@ class Result:
     times: Times
     context_logits: Logits | None
     generation_logits: Logits | None
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
 
     @property
     def cumulative_logprob(self) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 
 from .errors import Cancelled, ServingError
 from .events import NO_TOKEN, CancelReason, FinishReason, Result, Times, TokenEvent
+from .guidance import GuideMatcher
 from .runner import Logits, Tokens
 from .sampling import SamplingParams
 
@@ -46,8 +47,9 @@ class RequestHandle:
         on_event: Callable[[TokenEvent], None] | None = None,
         *,
         read_only: bool = False,
+        guide: GuideMatcher | None = None,
     ) -> None:
-        self.prompt, self.params, self.read_only = prompt, params, read_only
+        self.prompt, self.params, self.read_only, self.guide = prompt, params, read_only, guide
         self.error: ServingError | None = None
         self.owner: object = None  # kept alive as long as the handle: an engine stops when nothing refers to it
         self._scheduler, self._on_event = scheduler, on_event
@@ -102,6 +104,7 @@ class RequestHandle:
             times=self.times,
             context_logits=self.context_logits,
             generation_logits=np.stack(rows) if rows else None,
+            top_logprobs=[event.top_logprobs for event in events if event.top_logprobs],
         )
 
     def wait(self, timeout: float | None = None) -> bool:

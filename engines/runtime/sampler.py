@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from .errors import RequestError, RunnerError
 from .events import FinishReason
+from .guidance import GuideMatcher
 from .sampling import SamplingParams
 
 Row = NDArray[np.float32]
@@ -21,15 +22,19 @@ class Sampler:
 
     ``sample`` takes float32 [V] and returns the token and, when asked for, its log-probability; it never changes
     its argument. Raises RunnerError for logits that are not numbers, RequestError when every token is forbidden.
+    ``guide`` is the matcher of ``params.guide``, which goes on with each token.
     """
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab_size: int) -> None:
+    def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab_size: int, guide: GuideMatcher | None = None) -> None:
         self.params = params
+        self._guide, self._complete = guide, False
         self.output: list[int] = []
         self._random = None if params.greedy else np.random.Generator(np.random.PCG64(params.seed))
         self._eos = np.array([] if params.ignore_eos else params.eos_token_ids, dtype=np.int64)
         self._banned = np.array(sorted({s[0] for s in params.bad_sequences if len(s) == 1}), dtype=np.int64)
         self._phrases = [sequence for sequence in params.bad_sequences if len(sequence) > 1]
+        self._biased = np.array([token for token, _ in params.biases], dtype=np.int64)
+        self._biases = np.array([bias for _, bias in params.biases], dtype=np.float64)
         reach = max((len(sequence) for sequence in self._phrases), default=1) - 1
         self._history = list(prompt[len(prompt) - reach :]) if reach else []
         self._reach = reach
@@ -52,11 +57,14 @@ class Sampler:
         return token, logprob
 
     def finish_reason(self) -> FinishReason | None:
-        """Why the output ends with the token chosen last: "eos", "stop", "length", or None when it does not."""
+        """Why the output ends with the token chosen last: "eos", "stop", "length", or None when it does not.
+
+        "stop" is a stop sequence, or a guide after which nothing can follow.
+        """
         params, output = self.params, self.output
         if output[-1] in params.eos_token_ids and not params.ignore_eos:
             return "eos"
-        if len(output) >= params.min_new_tokens and self.stop_match():
+        if self._complete or (len(output) >= params.min_new_tokens and self.stop_match()):
             return "stop"
         return "length" if len(output) >= params.max_new_tokens else None
 
@@ -66,12 +74,15 @@ class Sampler:
         return max(fitting, key=len, default=())
 
     def _adjust(self, logits: Row) -> Row:
-        """Logits with penalties and bans; the very same array when there are none."""
-        forbidden = self._forbidden()
-        if not (self._repeats or (self._counts_matter and self._counts) or len(forbidden)):
+        """Logits with biases, penalties, bans and the guide; the very same array when there are none."""
+        forbidden, guide = self._forbidden(), self._guide
+        penalised = self._repeats or (self._counts_matter and self._counts)
+        if not (penalised or len(forbidden) or len(self._biased) or guide is not None):
             return logits
         out = logits.astype(np.float32, copy=True)
-        # In float64 and clipped, so that no penalty, however extreme, turns a logit into Inf or NaN.
+        # In float64 and clipped, so that no bias and no penalty, however extreme, turns a logit into Inf or NaN.
+        if len(self._biased):
+            out[self._biased] = _finite(out[self._biased].astype(np.float64) + self._biases)
         if self._repeats:
             ids = np.fromiter(self._seen, dtype=np.int64, count=len(self._seen))
             values, penalty = out[ids].astype(np.float64), self.params.repetition_penalty
@@ -81,6 +92,12 @@ class Sampler:
             counts = np.fromiter(self._counts.values(), dtype=np.float64, count=len(self._counts))
             penalties = self.params.presence_penalty + self.params.frequency_penalty * counts
             out[ids] = _finite(out[ids].astype(np.float64) - penalties)
+        if guide is not None:
+            possible = guide.allowed()
+            ends = self._eos if guide.accepting else self._eos[:0]
+            kept = out[ends]
+            out[~possible] = -np.inf
+            out[ends] = kept
         out[forbidden] = -np.inf
         return out
 
@@ -120,11 +137,13 @@ class Sampler:
         raise RequestError(
             "every token is forbidden",
             expected="at least one token left to choose",
-            remedy="Shorten bad_sequences, or lower min_new_tokens.",
+            remedy="Shorten bad_sequences, lower min_new_tokens" + (", or change the guide." if self._guide is not None else "."),
         )
 
     def _remember(self, token: int) -> None:
         self.output.append(token)
+        if self._guide is not None and token not in self._eos:
+            self._complete = self._guide.advance(token)
         if self._repeats:
             self._seen[token] = None
         if self._counts_matter:
@@ -143,6 +162,15 @@ def log_probability(logits: Row, token: int) -> float:
     peak = logits.max()
     total = np.exp(logits - peak).sum(dtype=np.float64)
     return float(logits[token]) - float(peak) - float(np.log(total))
+
+
+def most_probable(logits: Row, count: int) -> tuple[tuple[int, float], ...]:
+    """The `count` most probable tokens of float32 [V], V at most, and their log_probability: falling, then by id."""
+    ids = _largest(logits, min(count, len(logits)))  # in order of id, and a stable sort keeps that where logits tie
+    ids = ids[np.argsort(-logits[ids], kind="stable")][:count]
+    peak = float(logits.max())
+    total = float(np.log(np.exp(logits - peak).sum(dtype=np.float64)))
+    return tuple((int(token), float(logits[token]) - peak - total) for token in ids)
 
 
 def _truncate(logits: Row, params: SamplingParams) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

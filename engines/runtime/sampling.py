@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from .errors import RequestError
+from .guide import Guide
 
 TokenSequences = tuple[tuple[int, ...], ...]
 MAX_SEQUENCES = 4096
 """More stop or bad sequences than this are refused: each costs time at every step."""
+MAX_BIASES = 1024
+"""More tokens than these cannot have a bias."""
+MAX_TOP_LOGPROBS = 20
 MAX_COUNT = (1 << 31) - 1
 """The largest count, which is what the serving interface can carry."""
 
@@ -46,6 +50,12 @@ class SamplingParams:
         ignore_eos: whether to go on after an end token.
         logprobs: whether to report each token's natural-log probability under the model itself, before penalties, temperature and
             truncation.
+        top_logprobs: so many of the most probable tokens are reported at each new token, with their natural-log probabilities
+            under the model itself, as in ``logprobs``; 0 is none.
+        logit_bias: token ids and the numbers that are added to their logits before everything else, the choice of greedy
+            included: a mapping, or pairs. Stored as a tuple of pairs.
+        guide: what the output must be. It ends by "stop" when nothing can follow; end tokens are possible where it may end.
+            A guide that can only end does so before ``min_new_tokens`` too.
         return_context_logits: whether to keep the model's own logits of every position of the prompt.
         return_generation_logits: whether to keep the model's own logits from which each token was chosen.
 
@@ -68,11 +78,14 @@ class SamplingParams:
     eos_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: bool = False
+    top_logprobs: int = 0
+    logit_bias: Mapping[int, float] | Iterable[tuple[int, float]] = ()
+    guide: Guide | None = None
     return_context_logits: bool = False
     return_generation_logits: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "min_new_tokens", "top_k", "seed"):
+        for name in ("max_new_tokens", "min_new_tokens", "top_k", "top_logprobs", "seed"):
             self._set(name, _integer(name, getattr(self, name), optional=name in ("top_k", "seed")))
         for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
             self._set(name, _number(name, getattr(self, name), optional=name in ("temperature", "top_p", "min_p")))
@@ -81,6 +94,9 @@ class SamplingParams:
         for name in ("stop_sequences", "bad_sequences"):
             self._set(name, _sequences(name, getattr(self, name)))
         self._set("eos_token_ids", _token_ids("eos_token_ids", self.eos_token_ids))
+        self._set("logit_bias", _biases(self.logit_bias))
+        if self.guide is not None and not isinstance(self.guide, Guide):
+            raise RequestError("guide is not a Guide", expected="a Guide or None", found=_shown(self.guide))
 
         most = self.max_new_tokens
         _check("max_new_tokens", most, 0 < most <= MAX_COUNT, f"1 to {MAX_COUNT}")
@@ -91,6 +107,7 @@ class SamplingParams:
         _check("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1")
         _check("min_p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "0 to 1 (0 is neutral)")
         _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0 (1 is neutral)")
+        _check("top_logprobs", self.top_logprobs, 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS, f"0 to {MAX_TOP_LOGPROBS}")
         _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**64, "an unsigned 64-bit integer")
 
     def _set(self, name: str, value: Any) -> None:
@@ -101,6 +118,11 @@ class SamplingParams:
         """Whether the most probable token is always taken."""
         given = any(value is not None for value in (self.temperature, self.top_k, self.top_p, self.min_p))
         return not given or self.temperature == 0 or self.top_k == 1
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """``logit_bias``, as it is stored."""
+        return cast("tuple[tuple[int, float], ...]", self.logit_bias)
 
     @classmethod
     def option_names(cls) -> tuple[str, ...]:
@@ -123,6 +145,7 @@ class SamplingParams:
         """Raise RequestError when an option names a token id the model does not have."""
         named = [("eos_token_ids", self.eos_token_ids)]
         named += [("stop_sequences", sequence) for sequence in self.stop_sequences]
+        named.append(("logit_bias", tuple(token for token, _ in self.biases)))
         named += [("bad_sequences", sequence) for sequence in self.bad_sequences]
         for name, tokens in named:
             worst = max(tokens, default=0)
@@ -172,6 +195,21 @@ def _token_ids(name: str, value: Any) -> tuple[int, ...]:
     lowest = min(tokens, default=0)
     _check(name, lowest, lowest >= 0, "token ids of at least 0")
     return tokens
+
+
+def _biases(value: Any) -> tuple[tuple[int, float], ...]:
+    pairs = value.items() if isinstance(value, Mapping) else value
+    try:
+        if isinstance(pairs, str | bytes):
+            raise TypeError
+        found = [(token, bias) for token, bias in pairs]
+    except (TypeError, ValueError):
+        raise RequestError("logit_bias is not pairs", expected="token ids with numbers", found=_shown(value)) from None
+    _check("logit_bias", f"{len(found)} tokens", len(found) <= MAX_BIASES, f"at most {MAX_BIASES} tokens")
+    tokens = _token_ids("logit_bias", [token for token, _ in found])
+    _check("logit_bias", "a token twice", len(set(tokens)) == len(tokens), "each token once")
+    numbers = [_number("a number in logit_bias", bias, optional=False) or 0.0 for _, bias in found]
+    return tuple(zip(tokens, numbers, strict=True))
 
 
 def _sequences(name: str, value: Any) -> TokenSequences:

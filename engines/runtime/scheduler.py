@@ -13,9 +13,10 @@ import numpy as np
 from .checks import as_serving_error, as_tokens, check_room, check_shape
 from .errors import CapacityError, ClosedError, RequestError, ServingError
 from .events import FinishReason, TokenEvent
+from .guidance import GuideCompiler, GuideMatcher
 from .request import RequestHandle
 from .runner import Logits, Runner, Tokens
-from .sampler import Sampler
+from .sampler import Sampler, most_probable
 from .sampling import SamplingParams
 from .stats import Counters, Stats
 
@@ -45,12 +46,15 @@ class Scheduler:
     handle takes the steps it needs.
     """
 
-    def __init__(self, runner: Runner, *, prefill_chunk: int = 256, max_queue: int = 1024) -> None:
+    def __init__(
+        self, runner: Runner, *, prefill_chunk: int = 256, max_queue: int = 1024, guides: GuideCompiler | None = None
+    ) -> None:
         for name, value in (("prefill_chunk", prefill_chunk), ("max_queue", max_queue)):
             if value < 1:
                 raise RequestError(f"{name} is out of range", expected="at least 1", found=str(value))
         self.runner = runner
         self.prefill_chunk, self.max_queue = prefill_chunk, max_queue
+        self.guides = guides or GuideCompiler(None, runner.vocab_size)
         self._queue: deque[RequestHandle] = deque()
         self._active: list[_Active] = []
         self._count = Counters()
@@ -73,10 +77,12 @@ class Scheduler:
         quick, and must not wait for a request.
 
         Raises RequestError for a prompt or options this model cannot serve, CapacityError when `max_queue`
-        requests wait already, ClosedError after `stop`.
+        requests wait already, ClosedError after `stop`. A guide is compiled here, in the caller's thread; for one also
+        MissingRuntimeError without llguidance.
         """
         params = params or SamplingParams()
-        return self._enqueue(RequestHandle(self, self.check(prompt, params), params, on_event))
+        tokens = self.check(prompt, params)
+        return self._enqueue(RequestHandle(self, tokens, params, on_event, guide=self._compiled(params)))
 
     def score(self, prompt: Sequence[int] | Tokens) -> RequestHandle:
         """Queue a prompt to be read only: `context_logits` float32 [T, V], no new tokens. Raises as `submit`."""
@@ -89,6 +95,16 @@ class Scheduler:
             params.check_vocabulary(self.runner.vocab_size)
             return self.check_prompt(prompt, params.max_new_tokens)
         except RequestError:
+            with self._state:
+                self._count.rejected += 1
+            raise
+
+    def _compiled(self, params: SamplingParams) -> GuideMatcher | None:
+        if params.guide is None:
+            return None
+        try:
+            return self.guides.compile(params.guide, params.eos_token_ids)
+        except ServingError:
             with self._state:
                 self._count.rejected += 1
             raise
@@ -242,7 +258,7 @@ class Scheduler:
             except Exception as error:
                 self._end(handle, "error", as_serving_error("the runner could not open a slot", error))
                 continue
-            sampler = Sampler(handle.params, handle.prompt.tolist(), self.runner.vocab_size)
+            sampler = Sampler(handle.params, handle.prompt.tolist(), self.runner.vocab_size, handle.guide)
             self._active.append(_Active(handle, slot, sampler))
             handle.mark_scheduled()
 
@@ -299,6 +315,7 @@ class Scheduler:
             return
         try:
             token, logprob = sampler.sample(logits)
+            top = most_probable(logits, handle.params.top_logprobs) if handle.params.top_logprobs else ()
         except Exception as error:
             self._fail([active], "choosing a token failed", error)
             return
@@ -312,6 +329,7 @@ class Scheduler:
             finish_reason=reason,
             stop_sequence=sampler.stop_match() if reason == "stop" else (),
             logits=np.array(logits, dtype=np.float32) if handle.params.return_generation_logits else None,
+            top_logprobs=top,
         )
         active.next_token = token
         if reason is not None:

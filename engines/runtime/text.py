@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from .manifest import read_bounded
 TOKENIZER_NAME = "tokenizer.json"
 MAX_TOKENIZER_BYTES = 256 << 20
 MAX_TEXT_CHARS = 8 << 20
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _CONTEXT = 8  # tokens of a prompt with which the first new ones are decoded: more than a word has
 _UNFINISHED = "\ufffd"  # what a decoder shows for bytes that are not (yet) a character
 
@@ -27,9 +25,11 @@ class Tokenizer:
         # A file may have been saved with either on; a prompt must be encoded whole and as it is.
         raw.no_truncation()
         raw.no_padding()
-        # A ByteFallback decoder reads a run of <0xNN> tokens as a whole, so a later one can undo an earlier one.
-        self._byte_runs = raw.decoder is not None and b"ByteFallback" in bytes(raw.decoder.__getstate__())
-
+        # With a ByteFallback decoder: the ids of the tokens <0xNN>, and the byte that each one is.
+        self._bytes: dict[int, int] = {}
+        if raw.decoder is not None and b"ByteFallback" in bytes(raw.decoder.__getstate__()):
+            named = ((raw.token_to_id(name), byte) for byte in range(256) for name in (f"<0x{byte:02X}>", f"<0x{byte:02x}>"))
+            self._bytes = {token: byte for token, byte in named if token is not None}
         self._special = {at for at, token in raw.get_added_tokens_decoder().items() if token.special}
         self._longest = 0
 
@@ -74,11 +74,54 @@ class Tokenizer:
         return list(self.raw.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of token ids; ids that the tokenizer does not know give nothing. Raises RequestError if negative."""
+        """Text of token ids; ids that the tokenizer does not know give nothing. Raises RequestError if negative.
+
+        Tokens <0xNN> are bytes (a ByteFallback decoder, as Llama 2's). A byte that belongs to no character is one U+FFFD, and the
+        characters beside it stay. The tokenizers library turns those to U+FFFD too, as far as byte follows on byte; with its rule
+        no emoji could be shown before all bytes after it are known.
+        """
         for token in tokens:
             if token < 0 or token >= 1 << 32:
                 raise RequestError("token", expected="an id of at least 0", found=str(token))
-        return str(self.raw.decode([int(t) for t in tokens], skip_special_tokens=skip_special_tokens))
+        ids = [int(token) for token in tokens]
+        if self._bytes.keys().isdisjoint(ids):
+            return str(self.raw.decode(ids, skip_special_tokens=skip_special_tokens))
+        ids = [token for token in ids if not self.is_silent(token, skip_special_tokens=skip_special_tokens)]
+        names, at = [], 0
+        while at < len(ids):
+            size = self._character(ids, at)
+            names += [str(self.raw.id_to_token(token)) for token in ids[at : at + (size or 1)]]
+            if size:
+                names.append("")  # a token that is no byte, and has no text: the decoder reads the bytes before it by themselves
+            at += size or 1
+        return str(self.raw.decoder.decode(names))
+
+    def _character(self, ids: Sequence[int], at: int) -> int:
+        """How many tokens from `at` on are the bytes of one character, or 1 for a broken byte; 0 if there is no byte there."""
+        first = self._bytes.get(ids[at])
+        if first is None:
+            return 0
+        size = 1 + (first >= 0xC0) + (first >= 0xE0) + (first >= 0xF0)
+        try:
+            bytes(self._bytes[token] for token in ids[at : at + size]).decode("utf-8")
+        except (KeyError, UnicodeDecodeError):
+            return 1
+        return size
+
+    def unfinished(self, tokens: Sequence[int], text: str) -> int:
+        """How many characters at the end of `text`, which is decode(tokens), the tokens after them may still change."""
+        if not tokens or tokens[-1] not in self._bytes:
+            # Byte-level tokenizers: bytes that end in the middle of a character show as one replacement character.
+            return int(text.endswith(_UNFINISHED))
+        for size in (3, 2, 1):
+            end = tokens[-size:]
+            if len(end) == size and all(token in self._bytes for token in end):
+                try:
+                    bytes(self._bytes[token] for token in end).decode("utf-8")
+                except UnicodeDecodeError as error:
+                    if error.start == 0 and error.reason == "unexpected end of data":
+                        return size  # each of these bytes is one replacement character until the rest comes
+        return 0
 
     def is_silent(self, token: int, *, skip_special_tokens: bool = True) -> bool:
         """Whether decode() passes over this token: an id it does not know, or a special token."""
@@ -103,13 +146,6 @@ class Tokenizer:
                 found=f"{len(text)} characters, which are more",
                 remedy="Shorten it.",
             )
-
-    def may_change(self, token: int) -> bool:
-        """Whether the text of this token can still be changed by the tokens after it."""
-        if not self._byte_runs:
-            return False
-        name = self.raw.id_to_token(token)
-        return name is not None and _BYTE_TOKEN.fullmatch(name) is not None
 
 
 class StopStrings:
@@ -148,10 +184,10 @@ class StopStrings:
 class TextStream:
     """Tokens in, text out: all that push() and flush() return together is decode(all tokens).
 
-    No piece ends inside a character, and a leading space that a decoder drops only at the start is kept
-    elsewhere, for each token is decoded with the ones before it, those of the prompt (`context`) included. With `stop`, the
-    text ends before the first stop string and `stopped` becomes true; a stop string that names a special token, which is not
-    in the text, ends it where that token comes. The text of the first `min_tokens` tokens is not searched.
+    A character comes with the token that completes it, and no piece ends inside one. A leading space that a decoder drops only at
+    the start is kept elsewhere, for each token is decoded with the ones before it, those of the prompt (`context`) included. With
+    `stop`, the text ends before the first stop string and `stopped` becomes true; a stop string that names a special token, which
+    is not in the text, ends it where that token comes. The text of the first `min_tokens` tokens is not searched.
     """
 
     def __init__(
@@ -179,7 +215,7 @@ class TextStream:
         if self._window:
             self._settled = len(self._window)
             text = tokenizer.decode(self._window, skip_special_tokens=skip_special_tokens)
-            self._given = len(text) - text.endswith(_UNFINISHED)
+            self._given = len(text) - tokenizer.unfinished(self._window, text)
 
     @property
     def stopped(self) -> bool:
@@ -201,15 +237,12 @@ class TextStream:
             return self._search("")  # left out of the window too: bytes before and after it may make one character
         self._window.append(token)
         text = self._tokenizer.decode(self._window, skip_special_tokens=self._skip)
-        piece = ""
-        if not self._tokenizer.may_change(token):
-            # Bytes that end in the middle of a character show as one replacement character, the last.
-            unfinished = text.endswith(_UNFINISHED)
-            certain = len(text) - unfinished
-            piece = text[self._given : certain]
-            self._given = max(self._given, certain)
-            if not unfinished and piece:
-                self._slide()
+        unfinished = self._tokenizer.unfinished(self._window, text)
+        certain = len(text) - unfinished
+        piece = text[self._given : certain]
+        self._given = max(self._given, certain)
+        if not unfinished and piece:
+            self._slide()
         return self._search(piece)
 
     def flush(self) -> str:

@@ -7,8 +7,10 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from ngpt.errors import PackagingError
+from ngpt.errors import PackagingError, ServerError
+from scripts.commands.chatting import chat_prompt
 from scripts.commands.options import Command, add_text, gpu_numbers, port, positive
+from scripts.commands.talking import add_frontend, settings_of
 from scripts.terminal import harmless
 from triton_repo.interface import TEXT, Input, options
 
@@ -39,6 +41,7 @@ def add_package(command: Command) -> None:
         action="store_true",
         help="the tokenizer adds no bos to prompts (rendered chat templates have theirs) unless a request says otherwise",
     )
+    package.add_argument("--chat-template", type=Path, metavar="FILE", help="in place of the tokenizer's own")
     package.add_argument("--name", help="of the model that holds the engine, so that one server can have several")
     package.add_argument("--model-version", type=positive, help="number of the version's folder; 1 if not given")
     package.add_argument(
@@ -73,7 +76,9 @@ def add_serve(command: Command) -> None:
         metavar="--NAME=VALUE",
         help="handed to tritonserver as it is, such as --server-argument=--model-control-mode=explicit; may be given again",
     )
+    serve.add_argument("--openai-port", type=port, help="OpenAI's interface on this port, too; 0: any free one")
     serve.add_argument("--log", type=Path, help="file for the server's log; a temporary one if not given")
+    add_frontend(serve)
 
 
 def add_generate(command: Command) -> None:
@@ -83,6 +88,9 @@ def add_generate(command: Command) -> None:
     where = generate.add_mutually_exclusive_group()
     where.add_argument("--url", default="127.0.0.1:8001", help="host:port of the server's gRPC endpoint")
     where.add_argument("--engine", type=Path, help="engine folder, run in this process")
+    generate.add_argument(
+        "--chat", action="store_true", help="the prompt is a message, for the engine's chat template (--engine)"
+    )
     generate.add_argument("--max-tokens", type=int, default=64, help="most tokens to generate")
     sampling = generate.add_argument_group("sampling", "Greedy, unless one of temperature, top-k, top-p and min-p is given.")
     for row in _sampling():
@@ -97,7 +105,7 @@ def _package(args: argparse.Namespace) -> int:
         from triton_repo.llmapi import package_checkpoint
 
         of_engines = ("threads", "mount", "max_queue", "prefill_chunk", "name", "model_version", "instances", "gpus")
-        _refuse(args, "of an engine", *of_engines, "exclude_input_in_output", "no_special_tokens")
+        _refuse(args, "of an engine", *of_engines, "exclude_input_in_output", "no_special_tokens", "chat_template")
         package_checkpoint(
             args.engine,
             args.output,
@@ -128,6 +136,7 @@ def _package(args: argparse.Namespace) -> int:
         eos=args.eos,
         exclude_input_in_output=args.exclude_input_in_output,
         add_special_tokens=not args.no_special_tokens,
+        chat_template=args.chat_template,
         name=args.name,
         model_version=args.model_version,
         instances=args.instances,
@@ -152,21 +161,33 @@ def _refuse(args: argparse.Namespace, of: str, *names: str) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    from triton_repo.openai.run import Frontend
     from triton_repo.server import TritonServer
 
     ports = {"http_port": args.http_port, "grpc_port": args.grpc_port, "metrics_port": args.metrics_port}
     limits = {"stop_timeout": args.stop_timeout, "arguments": args.server_argument}
-    with TritonServer(args.repository, log_path=args.log, **limits, **ports) as server:
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(TritonServer(args.repository, log_path=args.log, **limits, **ports))
+        frontend = None
+        if args.openai_port is not None:
+            # Left first: what it has begun is answered by the server behind it.
+            frontend = stack.enter_context(Frontend(settings_of(args, server.grpc_url, args.openai_port), _say))
         print(
             f"gRPC 127.0.0.1:{server.grpc_port}  HTTP 127.0.0.1:{server.http_port}  metrics 127.0.0.1:{server.metrics_port}",
             flush=True,
         )
+        if frontend is not None:
+            print(f"OpenAI {frontend.base_url}", flush=True)
         print("press Ctrl-C to stop", flush=True)
         try:
-            server.watch(lambda said: print(f"ngpt-deploy serve: {said}", file=sys.stderr, flush=True))
+            server.watch(_say)
         except KeyboardInterrupt:  # SIGTERM, with which a service manager stops us, too: this is how serving ends
             print("stopping", file=sys.stderr)
     return 0
+
+
+def _say(said: str) -> None:
+    print(f"ngpt-deploy serve: {said}", file=sys.stderr, flush=True)
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -177,7 +198,10 @@ def _generate(args: argparse.Namespace) -> int:
         from engines import load_engine
 
         with load_engine(args.engine) as engine:
-            _stream(engine.stream_text(args.prompt, max_new_tokens=args.max_tokens, **params))
+            prompt = args.prompt if not args.chat else chat_prompt(args.engine, args.prompt)
+            _stream(engine.stream_text(prompt, args.max_tokens, add_special_tokens=not args.chat, **params))
+    elif args.chat:
+        raise ServerError("--chat", expected="--engine", found="--url", remedy="talk to a server with `ngpt-deploy chat --url`")
     else:
         from triton_repo.client import stream_text
 

@@ -16,7 +16,12 @@ import engines.runtime
 from engines.runtime import errors
 
 FOLDER = Path(engines.runtime.__file__).parent
-ALLOWED = {"numpy", "tokenizers", "onnxruntime"}  # TensorRT and cuda-bindings are imported by name, lazily
+ALLOWED = {
+    "numpy",
+    "tokenizers",
+    "onnxruntime",
+    "llguidance",
+}  # the last two lazily, too. TensorRT and cuda-bindings are imported by name, lazily
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.name)
@@ -36,7 +41,7 @@ def test_a_copy_under_another_name_works_alone(tmp_path: Path) -> None:
 import sys
 import serving, serving.engine, serving.manifest, serving.onnx_runner, serving.tensorrt_runner
 assert serving.SamplingParams(temperature=0).greedy
-heavy = {"torch", "transformers", "onnx", "onnxruntime", "cuda", "tensorrt_rtx", "engines", "export", "ngpt", "triton_repo"} & set(sys.modules)
+heavy = {"llguidance", "torch", "transformers", "onnx", "onnxruntime", "cuda", "tensorrt_rtx", "engines", "export", "ngpt", "triton_repo"} & set(sys.modules)
 assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
@@ -46,7 +51,7 @@ assert not heavy, heavy
 def test_the_public_names_are_these() -> None:
     """Others build on them: a change here is a change of the interface."""
     assert sorted(engines.runtime.__all__) == [
-        "Cancelled", "CapacityError", "ClosedError", "Engine", "EngineFileError", "FileEntry", "Manifest", "MissingRuntimeError",
+        "Cancelled", "CapacityError", "ClosedError", "Engine", "EngineFileError", "FileEntry", "Guide", "Manifest", "MissingRuntimeError",
         "ModelInfo", "RequestError", "RequestHandle", "Result", "Runner", "RunnerError", "SamplingParams", "Scheduler",
         "ServingError", "Stats", "TargetInfo", "TextStream", "Times", "TokenEvent", "Tokenizer", "load_engine", "read_manifest",
         "verify_files", "write_manifest",

@@ -276,8 +276,8 @@ def test_what_was_held_back_for_another_stop_string_comes_before_a_special_token
     assert "".join([*parts, stream.push(PIECES.special_token("</s>"))]) == "ab ba" and stream.stop_string == "</s>"
 
 
-def test_the_most_characters_of_so_many_tokens() -> None:
+def test_a_text_that_cannot_be_so_few_tokens_is_refused_by_its_length() -> None:
     longest = max(map(len, BYTES.raw.get_vocab()))
-    assert BYTES.most_chars(3) == 3 * longest
-    for text in TEXTS:
-        assert len(text) <= BYTES.most_chars(len(BYTES.encode(text, add_special_tokens=False)))
+    BYTES.check_length("text_input", "x" * (3 * longest), 3)
+    with pytest.raises(RequestError, match="text_input: the prompt is too long: expected at most 2 tokens"):
+        BYTES.check_length("text_input", "x" * (3 * longest + 1), 3)

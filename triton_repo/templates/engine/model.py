@@ -16,7 +16,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # what was copied beside this file, before anything that is installed
 
-from engines.runtime import RequestHandle, SamplingParams, load_engine
+from engines.runtime import Guide, RequestHandle, load_engine
 from engines.runtime.cuda import use_device
 from engines.runtime.errors import CapacityError, ClosedError, RequestError
 from engines.runtime.text import TextStream, Tokenizer
@@ -161,13 +161,9 @@ class TritonPythonModel:
         )
         sampling = options.sampling | word_lists(inputs, self.model.vocab_size) | {"max_new_tokens": most}
         sampling["min_new_tokens"] = min(sampling.get("min_new_tokens", 0), most)
-        if "eos_token_ids" not in sampling:
-            sampling["eos_token_ids"] = self.model.eos_token_ids
         if bias := logit_bias(inputs, self.model.vocab_size):
             sampling["logit_bias"] = bias
         if (guide := guide_of(inputs)) is not None:
-            from engines.runtime.guidance import Guide
-
             sampling["guide"] = Guide(*guide)
         stop, bad = words_of(inputs, "stop_words"), words_of(inputs, "bad_words")
         if bad:
@@ -185,6 +181,7 @@ class TritonPythonModel:
             )
         # A stream carries what is new, whatever the option says.
         whole = not (options.wants("exclude_input", self.exclude_input) or options.wants("stream"))
+        stops = {sequence[0] for sequence in sampling.get("stop_sequences", ()) if len(sequence) == 1}
         answer = Answer(
             running.sender,
             options,
@@ -193,9 +190,10 @@ class TritonPythonModel:
             stream=stream,
             text=gives_text,
             ids=text is None or options.wants("return_output_ids"),
+            ends={*sampling.get("eos_token_ids", self.model.eos_token_ids), *stops},
             wanted=running.wanted,
         )
-        handle = self.engine.scheduler.submit(prompt, SamplingParams.from_options(**sampling))
+        handle = self.engine.submit(prompt, **sampling)
         running.work_on(handle)
         return answer, handle
 

@@ -22,7 +22,7 @@ class Answer:
 
     prompt: the prompt's token ids. before: what stands in front of an answer that is not streamed, as (text, ids). stream:
     turns tokens into text and looks for stop words; None where neither is wanted. text, ids: what the answer consists of.
-    wanted: names of the outputs that the client asked for.
+    ends: tokens that are in no text where they end it. wanted: names of the outputs that the client asked for.
     """
 
     def __init__(
@@ -35,10 +35,12 @@ class Answer:
         stream: TextStream | None = None,
         text: bool = True,
         ids: bool = False,
+        ends: Collection[int] = (),
         wanted: Collection[str] = (),
     ) -> None:
         self._sender, self._options, self._prompt, self._stream = sender, options, prompt, stream
         self._gives_text, self._gives_ids, self._wanted = text and stream is not None, ids, wanted
+        self._ends, self._flushed = ends, False
         self._streaming = options.wants("stream")
         self._text, self._ids = before[0], list(before[1])
         self.count = 0
@@ -64,7 +66,12 @@ class Answer:
         if event.logits is not None and self._options.wants("return_generation_logits"):
             self._logits.append(event.logits)
         if self._stream is not None:
-            self._text += self._stream.push(event.token)
+            if event.finish_reason in ("eos", "stop") and event.token in self._ends:
+                self._text += self._stream.flush()
+                self._stream.push(event.token)  # it may be spelled like a stop word
+                self._flushed = True
+            else:
+                self._text += self._stream.push(event.token)
         # The last token waits for the response that ends the request: one more without text would count as a token more.
         last = event.finish_reason is not None or self.stopped
         if self._streaming and not last and (self._text or self._gives_ids):
@@ -72,7 +79,7 @@ class Answer:
 
     def finish(self, reason: FinishReason | None, times: Times | None, context_logits: NDArray[np.float32] | None) -> None:
         """Send what is left, and how it ended."""
-        if self._stream is not None and not self.stopped:
+        if self._stream is not None and not self.stopped and not self._flushed:
             self._text += self._stream.flush()
         closing = self._closing(reason, times, context_logits)
         nothing = not (closing or self._log_probs or self._logits or self._top)

@@ -1,0 +1,1 @@
+"""Load, faults and hostile input against a real server: see scripts/soak.py."""

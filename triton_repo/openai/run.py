@@ -1,0 +1,145 @@
+"""The frontend as a process: run it here, or start one beside a server and end it with that."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from ngpt.errors import ServerError, missing_package
+from triton_repo.machine import check_port, free_ports, http_ok
+from triton_repo.openai.tags import Tags
+
+KEYS_VARIABLE = "NGPT_API_KEY"
+"""Keys with commas between them; in the environment, because other users see a process's arguments."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a frontend is started with. url: the server's gRPC endpoint. port: 0 for any free one."""
+
+    repository: Path
+    url: str
+    host: str = "127.0.0.1"
+    port: int = 8080
+    keys: Sequence[str] = ()
+    origins: Sequence[str] = ()
+    model_name: str | None = None
+    chat_template: Path | None = None
+    reasoning: Tags | None = None
+    tool_calls: Tags | None = None
+    max_body_mb: int = 16
+
+    def arguments(self) -> list[str]:
+        """Those of `ngpt-deploy openai`, but for the keys."""
+        words = [str(self.repository), "--url", self.url, "--host", self.host, "--port", str(self.port)]
+        words += ["--max-body-mb", str(self.max_body_mb)]
+        words += [] if self.model_name is None else ["--model-name", self.model_name]
+        words += [] if self.chat_template is None else ["--chat-template", str(self.chat_template)]
+        for name, tags in (("--reasoning-tags", self.reasoning), ("--tool-call-tags", self.tool_calls)):
+            words += [] if tags is None else [name, tags.open, tags.close]
+        return words + [word for origin in self.origins for word in ("--allow-origin", origin)]
+
+
+def run(settings: Settings) -> None:
+    """Serve until a signal. Raises ServerError, ConfigError; MissingPackageError where the extra `openai` is not installed."""
+    try:
+        import uvicorn
+
+        from triton_repo.openai.app import Api, Options
+        from triton_repo.openai.chat import Style
+        from triton_repo.openai.models import open_models
+    except ImportError as error:
+        raise missing_package("OpenAI's interface needs further libraries", "openai", found=str(error)) from error
+    models = open_models(settings.repository, chat_template=settings.chat_template, name=settings.model_name)
+    style = Style(settings.reasoning, settings.tool_calls)
+    options = Options(settings.keys, settings.origins, settings.max_body_mb << 20, style)
+    app = Api(settings.url, models, options).app
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=30,
+        server_header=False,
+    )
+    uvicorn.Server(config).run()
+
+
+@dataclass
+class Frontend:
+    """A frontend in a process of its own, as a context manager: started again when it dies, ended on leaving.
+
+    say: told when it has died. Raises ServerError on entering when it does not answer within `start_timeout` seconds.
+    """
+
+    settings: Settings
+    say: Callable[[str], object] = lambda said: None
+    start_timeout: float = 60.0
+    _process: subprocess.Popen[bytes] | None = None
+    _leaving: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def base_url(self) -> str:
+        """What clients are given."""
+        return f"http://{self.settings.host}:{self.settings.port}/v1"
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process, while there is one."""
+        return None if self._process is None else self._process.pid
+
+    def __enter__(self) -> Frontend:
+        if not self.settings.port:
+            object.__setattr__(self.settings, "port", free_ports()[0])
+        check_port(self.settings.port)
+        self._start()
+        threading.Thread(target=self._watch, name="frontend-watch", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._leaving.set()
+        process, self._process = self._process, None
+        if process is not None and process.poll() is None:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(35.0)
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+    def _start(self) -> None:
+        environment = dict(os.environ)
+        environment.pop(KEYS_VARIABLE, None)
+        if self.settings.keys:
+            environment[KEYS_VARIABLE] = ",".join(self.settings.keys)
+        code = "import sys; from scripts.cli import main; sys.exit(main(['openai', *sys.argv[1:]]))"
+        command = [sys.executable, "-c", code, *self.settings.arguments()]
+        # In a group of its own: Ctrl-C reaches this process first, which lets requests end.
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        deadline = time.monotonic() + self.start_timeout
+        while not http_ok(f"http://{self.settings.host}:{self.settings.port}/metrics"):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self._process.kill()
+                raise ServerError("OpenAI's frontend did not start", remedy="see what it says above")
+            time.sleep(0.05)
+
+    def _watch(self) -> None:
+        while not self._leaving.wait(0.2):
+            process = self._process
+            if process is None or process.poll() is None:
+                continue
+            self.say("OpenAI's frontend has died: starting again")
+            with contextlib.suppress(ServerError, http.client.HTTPException):
+                self._start()
