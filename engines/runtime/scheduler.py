@@ -376,4 +376,4 @@ class Scheduler:
     def stats(self) -> Stats:
         """Gauges and counters, for metrics; `dataclasses.asdict` makes a dictionary of them."""
         with self._state:
-            return self._count.stats(len(self._queue), len(self._active), self.runner.num_slots)
+            return self._count.stats(len(self._queue), len(self._active), self.runner.num_slots, self.max_queue)

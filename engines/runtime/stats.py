@@ -15,6 +15,7 @@ class Stats:
     active: int
     slots: int
     free_slots: int
+    queue_limit: int
     requests_total: int
     rejected_total: int
     completed_total: int
@@ -44,13 +45,14 @@ class Counters:
         self.failed += reason == "error"
         self.completed += reason in ("eos", "stop", "length")
 
-    def stats(self, queued: int, active: int, slots: int) -> Stats:
+    def stats(self, queued: int, active: int, slots: int, queue_limit: int) -> Stats:
         """The totals beside the gauges."""
         return Stats(
             queued=queued,
             active=active,
             slots=slots,
             free_slots=slots - active,
+            queue_limit=queue_limit,
             requests_total=self.requests,
             rejected_total=self.rejected,
             completed_total=self.completed,

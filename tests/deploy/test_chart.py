@@ -22,6 +22,8 @@ VALUES = {
     },
     "two-nodes": {"gpus": 8, "multiNode": {"enabled": True}},
     "two-nodes-scaled": {"gpus": 8, "multiNode": {"enabled": True}, "autoscaling": {"enabled": True}},
+    "patient": {"model": "tiny-1.b,other_tensorrt_llm", "shutdown": {"exitTimeoutSeconds": 600, "drainSeconds": 0}},
+    "two-nodes-patient": {"gpus": 8, "multiNode": {"enabled": True}, "shutdown": {"exitTimeoutSeconds": 600, "drainSeconds": 30}},
 }
 
 
@@ -113,10 +115,40 @@ def test_probes_run_an_inference_and_wait_longer_than_it():
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         command = server[probe]["exec"]["command"]
         assert command[:2] == ["python3", "/opt/ngpt/probe.py"] and command[command.index("--model") + 1] == "ensemble"
-        # The inference, and twice 5 s for the metrics.
+        # The inferences, and 5 s for the metrics.
         assert server[probe]["timeoutSeconds"] > float(command[command.index("--timeout") + 1]) + 10
     startup = server["startupProbe"]
     assert startup["periodSeconds"] * startup["failureThreshold"] == 20 * 60
+    # One failure takes a pod out of the service. Three end it, without the time that requests in flight get otherwise.
+    assert server["readinessProbe"]["failureThreshold"] == 1 and server["livenessProbe"]["failureThreshold"] == 3
+    assert server["livenessProbe"]["terminationGracePeriodSeconds"] < 10
+    probed = container(rendered("patient"), "server")["livenessProbe"]["exec"]["command"]
+    assert probed[probed.index("--model") + 1] == "tiny-1.b,other_tensorrt_llm"
+
+
+def grace(pod):
+    """What a pod's grace period holds: seconds before the server is told, seconds that it may take, and seconds in all."""
+    found = pod["containers"][0]
+    drain = int(found["lifecycle"]["preStop"]["exec"]["command"][1]) if "lifecycle" in found else 0
+    (limit,) = [word.split("=")[1] for word in found["args"] if word.startswith("--exit-timeout-secs=")] or [
+        entry["value"] for entry in found["env"] if entry["name"] == "EXIT_TIMEOUT"
+    ]
+    return drain, int(limit), pod["terminationGracePeriodSeconds"]
+
+
+@pytest.mark.parametrize(
+    ("case", "role", "expected"),
+    [
+        ("plain", "server", (5, 60, 80)),
+        ("patient", "server", (0, 600, 615)),
+        ("two-nodes", "leader", (5, 60, 80)),
+        ("two-nodes-patient", "leader", (30, 600, 645)),
+        ("two-nodes-patient", "worker", (0, 600, 645)),
+    ],
+)
+def test_a_pod_is_killed_only_after_its_server_has_had_its_time(case, role, expected):
+    drain, limit, seconds = found = grace(pods(rendered(case))[role]["spec"])
+    assert found == expected and seconds >= drain + limit + 15
 
 
 def test_gpus_are_asked_for_only_where_there_are_any():
@@ -159,7 +191,7 @@ def test_a_group_is_one_job_over_its_nodes():
         found = container(objects, role)
         assert found["args"] == ["/opt/ngpt/multinode.sh", role]
         given = {entry["name"]: entry["value"] for entry in found["env"]}
-        assert given == {"GPUS_PER_NODE": "8", "MODELS": "/models", "SSH_PORT": "2222"}
+        assert given == {"GPUS_PER_NODE": "8", "MODELS": "/models", "SSH_PORT": "2222", "EXIT_TIMEOUT": "60"}
     assert objects["PodDisruptionBudget"]["spec"]["minAvailable"] == 2  # the pods of one group
 
 
@@ -169,6 +201,8 @@ def test_a_group_is_one_job_over_its_nodes():
         ({"gpus": "one"}, "gpus"),
         ({"replica": 3}, "replica"),
         ({"models": {"path": "models"}}, "path"),
+        ({"model": "no name"}, "model"),
+        ({"shutdown": {"marginSeconds": 0}}, "marginSeconds"),
         ({"multiNode": {"enabled": True}, "gpus": 0}, "multiNode needs gpus of at least 1"),
     ],
 )

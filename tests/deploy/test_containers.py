@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from tests.deploy.test_chart import check_pod
+from tests.deploy.test_chart import check_pod, grace
 
 DEPLOY = ROOT / "deploy"
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
@@ -58,6 +58,26 @@ def test_the_compose_file_fits_the_compose_specification():
         assert (DEPLOY / service["build"]["context"] / service["build"]["dockerfile"]).resolve() == DEPLOY / "Dockerfile"
 
 
+def exit_timeout():
+    """Seconds, of the image's own command."""
+    (found,) = re.findall(r'^CMD .*"--exit-timeout-secs=(\d+)"', DOCKERFILE, re.M)
+    return int(found)
+
+
+def test_compose_does_what_serve_does():
+    """A server that no longer works is ended and started again; one that is to stop gets its time."""
+    for service in yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"].values():
+        assert int(service["stop_grace_period"].removesuffix("s")) >= exit_timeout() + 15
+        check = service["healthcheck"]
+        assert check["test"][:3] == ["CMD", "python3", "/opt/ngpt/probe.py"]
+        assert check["test"][check["test"].index("--kill-after") + 1] == str(check["retries"])
+        # Killed from inside, by a signal that a first process does not get; and started again because its code is not 0.
+        assert service["init"] and service["restart"] == "on-failure"
+        assert set(service["environment"]) == {"NGPT_MODEL"} and "NGPT_MODEL" in (DEPLOY / "probe.py").read_text()
+        assert "/tmp" in service["tmpfs"]  # the probe counts failures there
+        assert "command" not in service  # the image's
+
+
 def test_the_kserve_example_holds_a_valid_pod():
     """Field names of the rest as in the CRD serving.kserve.io/v1beta1."""
     found = yaml.safe_load((DEPLOY / "kserve.yaml").read_text())
@@ -67,6 +87,11 @@ def test_the_kserve_example_holds_a_valid_pod():
     check_pod({"metadata": {}, "spec": pod})
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert pod["containers"][0][probe]["exec"]["command"] == ["python3", "/opt/ngpt/probe.py"]
+        assert pod["containers"][0][probe]["timeoutSeconds"] > 30  # the inference, and 5 s for the metrics
+    assert grace(pod) == (5, exit_timeout(), 80)
+    assert pod["containers"][0]["env"] == [{"name": "NGPT_MODEL", "value": "ensemble"}]
+    assert pod["containers"][0]["readinessProbe"]["failureThreshold"] == 1
+    assert pod["containers"][0]["livenessProbe"]["terminationGracePeriodSeconds"] < 10
 
 
 def double(folder, name, text):
@@ -93,7 +118,7 @@ def test_the_leader_waits_for_its_workers_and_starts_a_rank_a_gpu(tmp_path):
     # The worker's sshd answers the third time.
     double(tmp_path, "ssh", f'[ "$(grep -c -- --- "{tmp_path}/ssh.calls")" -ge 3 ]')
     double(tmp_path, "mpirun", "")
-    run = launch(tmp_path, "leader", **GROUP)
+    run = launch(tmp_path, "leader", EXIT_TIMEOUT="600", **GROUP)
     assert run.returncode == 0, run.stderr
     asked = (tmp_path / "ssh.calls").read_text()
     assert asked.count("demo-0-1.demo.prod") == 3 and "StrictHostKeyChecking" not in asked
@@ -104,7 +129,7 @@ def test_the_leader_waits_for_its_workers_and_starts_a_rank_a_gpu(tmp_path):
     assert len(ranks) == 4
     for rank, command in enumerate(ranks):
         assert command.startswith("-n 1 tritonserver --model-repository=/models")
-        assert f"shm-region-prefix-name=rank{rank}_" in command
+        assert f"shm-region-prefix-name=rank{rank}_" in command and "--exit-timeout-secs=600" in command
         serves = "--allow-http=false" not in command
         assert serves == (rank == 0) and ("--load-model=tensorrt_llm" in command) == (rank > 0)
 

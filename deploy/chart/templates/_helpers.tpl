@@ -14,9 +14,14 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 
+{{/* What runs before the server is told to stop, the server's own limit, and what is left for it to end: in this order. */}}
+{{- define "ngpt.gracePeriod" -}}
+{{ add .Values.shutdown.drainSeconds .Values.shutdown.exitTimeoutSeconds .Values.shutdown.marginSeconds }}
+{{- end }}
+
 {{- define "ngpt.probe" -}}
 exec:
-  command: [python3, /opt/ngpt/probe.py, --model, {{ .Values.model }}, --timeout, {{ .Values.probe.timeoutSeconds | quote }}]
+  command: [python3, /opt/ngpt/probe.py, --model, {{ .Values.model | quote }}, --timeout, {{ .Values.probe.timeoutSeconds | quote }}]
 timeoutSeconds: {{ add .Values.probe.timeoutSeconds 20 }}
 {{- end }}
 
@@ -36,7 +41,7 @@ metadata:
   {{- end }}
 spec:
   automountServiceAccountToken: false
-  terminationGracePeriodSeconds: 90
+  terminationGracePeriodSeconds: {{ include "ngpt.gracePeriod" . }}
   securityContext:
     runAsNonRoot: true
     runAsUser: 10001
@@ -49,7 +54,11 @@ spec:
       image: "{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}"
       imagePullPolicy: {{ .Values.image.pullPolicy }}
       {{- if eq $.role "server" }}
-      args: [tritonserver, --model-repository={{ .Values.models.path }}, --disable-auto-complete-config, --exit-timeout-secs=60]
+      args:
+        - tritonserver
+        - --model-repository={{ .Values.models.path }}
+        - --disable-auto-complete-config
+        - --exit-timeout-secs={{ .Values.shutdown.exitTimeoutSeconds }}
       {{- else }}
       args: [/opt/ngpt/multinode.sh, {{ $.role }}]
       env:
@@ -59,6 +68,15 @@ spec:
           value: {{ .Values.models.path }}
         - name: SSH_PORT
           value: {{ .Values.multiNode.sshPort | quote }}
+        - name: EXIT_TIMEOUT
+          value: {{ .Values.shutdown.exitTimeoutSeconds | quote }}
+      {{- end }}
+      {{- if and .Values.shutdown.drainSeconds (ne $.role "worker") }}
+      # The server refuses connections from its SIGTERM on. Whoever routes to this pod learns meanwhile that it is going.
+      lifecycle:
+        preStop:
+          exec:
+            command: [sleep, {{ .Values.shutdown.drainSeconds | quote }}]
       {{- end }}
       ports:
         {{- if eq $.role "worker" }}
@@ -84,12 +102,14 @@ spec:
         failureThreshold: {{ mul .Values.probe.startupMinutes 6 }}
       readinessProbe:
         {{- include "ngpt.probe" . | nindent 8 }}
-        periodSeconds: 15
-        failureThreshold: 2
+        periodSeconds: {{ .Values.probe.periodSeconds }}
+        failureThreshold: 1
       livenessProbe:
         {{- include "ngpt.probe" . | nindent 8 }}
-        periodSeconds: 30
+        periodSeconds: {{ .Values.probe.periodSeconds }}
         failureThreshold: 3
+        # Of a server whose model is dead: requests in flight hang, and it would wait for them in vain.
+        terminationGracePeriodSeconds: {{ .Values.probe.killAfterSeconds }}
       {{- end }}
       resources:
         {{- $resources := deepCopy .Values.resources }}

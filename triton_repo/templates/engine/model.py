@@ -55,12 +55,13 @@ METRICS = {
     "ngpt_requests_active": ("active", "gauge", "Requests that hold a slot"),
     "ngpt_requests_queued": ("queued", "gauge", "Requests that wait for a slot"),
     "ngpt_slots": ("slots", "gauge", "Slots of the key-value cache"),
+    "ngpt_queue_limit": ("queue_limit", "gauge", "Requests that may wait before further ones are refused"),
     "ngpt_prompt_tokens": ("prompt_tokens_total", "counter", "Prompt tokens read"),
     "ngpt_generated_tokens": ("generated_tokens_total", "counter", "Tokens generated"),
     "ngpt_requests_completed": ("completed_total", "counter", "Requests answered to their end"),
     "ngpt_requests_cancelled": ("cancelled_total", "counter", "Requests cancelled"),
     "ngpt_requests_failed": ("failed_total", "counter", "Requests that failed"),
-    "ngpt_requests_rejected": ("rejected_total", "counter", "Requests refused, for what they were or because the queue was full"),
+    "ngpt_requests_rejected": ("rejected_total", "counter", "Requests that the scheduler refused, as a rule because the queue was full"),
 }
 
 
