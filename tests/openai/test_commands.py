@@ -212,6 +212,7 @@ def test_ctrl_c_in_a_terminal_stops_the_answer_and_not_the_program(tiny_engine_f
         time.sleep(0.1)
         talk.send_signal(signal.SIGINT)
         until(master, b" [stopped]\r\n> ")
+        time.sleep(0.3)  # Python's reading of a line notices a signal only once it waits
         talk.send_signal(signal.SIGINT)
         until(master, b"/quit or Ctrl-D ends\r\n> ")
         os.write(master, b"/what\n")
