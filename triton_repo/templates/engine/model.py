@@ -61,7 +61,11 @@ METRICS = {
     "ngpt_requests_completed": ("completed_total", "counter", "Requests answered to their end"),
     "ngpt_requests_cancelled": ("cancelled_total", "counter", "Requests cancelled"),
     "ngpt_requests_failed": ("failed_total", "counter", "Requests that failed"),
-    "ngpt_requests_rejected": ("rejected_total", "counter", "Requests that the scheduler refused, as a rule because the queue was full"),
+    "ngpt_requests_rejected": (
+        "rejected_total",
+        "counter",
+        "Requests that the scheduler refused, as a rule because the queue was full",
+    ),
 }
 
 
