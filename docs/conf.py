@@ -52,6 +52,8 @@ docs/building
 docs/transformers
 docs/commands
 docs/serving
+docs/openai
+docs/metrics
 docs/deployment
 docs/sizing
 docs/parity
@@ -86,6 +88,7 @@ CONTRIBUTING
 docs/measurements/README
 docs/measurements/METHOD
 docs/measurements/triton-clients
+docs/measurements/soak
 docs/SECURITY
 CHANGELOG
 ```

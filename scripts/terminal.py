@@ -28,6 +28,7 @@ _EXTRAS = {
     "llguidance": "guided",
 }
 _EXTRAS |= {"tritonclient": "serve", "google": "serve", "grpc": "serve", "pytriton": "serve"}
+_EXTRAS |= dict.fromkeys(("jinja2", "pydantic", "fastapi", "starlette", "uvicorn", "prometheus_client"), "openai")
 _ALWAYS = ("numpy", "tokenizers", "tqdm")  # what every installation has, unless somebody took it away
 
 

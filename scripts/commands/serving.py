@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ngpt.errors import PackagingError, ServerError
-from scripts.commands.chatting import chat_prompt
 from scripts.commands.options import Command, add_text, gpu_numbers, port, positive
+from scripts.commands.partners import message_prompt, served_model, template_of
 from scripts.commands.talking import add_frontend, settings_of
 from scripts.terminal import harmless
 from triton_repo.interface import TEXT, Input, options
@@ -77,6 +77,7 @@ def add_serve(command: Command) -> None:
         help="handed to tritonserver as it is, such as --server-argument=--model-control-mode=explicit; may be given again",
     )
     serve.add_argument("--openai-port", type=port, help="OpenAI's interface on this port, too; 0: any free one")
+    serve.add_argument("--openai-host", default="127.0.0.1", help="address for it; one that others reach wants --api-key")
     serve.add_argument("--log", type=Path, help="file for the server's log; a temporary one if not given")
     add_frontend(serve)
 
@@ -88,9 +89,8 @@ def add_generate(command: Command) -> None:
     where = generate.add_mutually_exclusive_group()
     where.add_argument("--url", default="127.0.0.1:8001", help="host:port of the server's gRPC endpoint")
     where.add_argument("--engine", type=Path, help="engine folder, run in this process")
-    generate.add_argument(
-        "--chat", action="store_true", help="the prompt is a message, for the engine's chat template (--engine)"
-    )
+    generate.add_argument("--chat", action="store_true", help="the prompt is a message, for the model's chat template")
+    generate.add_argument("--repository", type=Path, help="with --chat and --url: what the server serves, for its chat template")
     generate.add_argument("--max-tokens", type=int, default=64, help="most tokens to generate")
     sampling = generate.add_argument_group("sampling", "Greedy, unless one of temperature, top-k, top-p and min-p is given.")
     for row in _sampling():
@@ -171,7 +171,7 @@ def _serve(args: argparse.Namespace) -> int:
         frontend = None
         if args.openai_port is not None:
             # Left first: what it has begun is answered by the server behind it.
-            frontend = stack.enter_context(Frontend(settings_of(args, server.grpc_url, args.openai_port), _say))
+            frontend = stack.enter_context(Frontend(settings_of(args, server.grpc_url, args.openai_port, args.openai_host), _say))
         print(
             f"gRPC 127.0.0.1:{server.grpc_port}  HTTP 127.0.0.1:{server.http_port}  metrics 127.0.0.1:{server.metrics_port}",
             flush=True,
@@ -198,15 +198,20 @@ def _generate(args: argparse.Namespace) -> int:
         from engines import load_engine
 
         with load_engine(args.engine) as engine:
-            prompt = args.prompt if not args.chat else chat_prompt(args.engine, args.prompt)
+            prompt = args.prompt if not args.chat else message_prompt(template_of(args.engine), args.prompt)
             _stream(engine.stream_text(prompt, args.max_tokens, add_special_tokens=not args.chat, **params))
-    elif args.chat:
-        raise ServerError("--chat", expected="--engine", found="--url", remedy="talk to a server with `ngpt-deploy chat --url`")
     else:
         from triton_repo.client import stream_text
 
         asked = {row.option: value for row, value in given.items()}
-        _stream(stream_text(args.url, args.prompt, max_tokens=args.max_tokens, **asked))
+        prompt = args.prompt
+        if args.chat:
+            if args.repository is None:
+                raise ServerError("--chat", expected="--repository, which has the template", found="--url alone")
+            model = served_model(args.repository)
+            prompt = message_prompt(model.template, prompt)
+            asked |= {"model": model.served, "add_special_tokens": False}
+        _stream(stream_text(args.url, prompt, max_tokens=args.max_tokens, **asked))
     return 0
 
 

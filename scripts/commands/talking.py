@@ -5,8 +5,9 @@ import contextlib
 import os
 from pathlib import Path
 
+from ngpt.errors import ServerError
 from scripts.commands.options import Command, port, positive
-from triton_repo.openai.run import KEYS_VARIABLE, Settings
+from triton_repo.openai.run import KEYS_VARIABLE, Settings, is_local
 from triton_repo.openai.tags import Tags
 
 
@@ -16,7 +17,7 @@ def add_openai(command: Command) -> None:
     openai.add_argument("repository", type=Path, help="the repository that is served: for its tokenizer and chat template")
     openai.add_argument("--url", default="127.0.0.1:8001", help="host:port of the server's gRPC endpoint")
     openai.add_argument("--port", type=port, default=8080, help="0: any free one")
-    openai.add_argument("--host", default="127.0.0.1", help="address to listen on; others than this machine's own want --api-key")
+    openai.add_argument("--host", default="127.0.0.1", help="address to listen on; one that others reach wants --api-key")
     add_frontend(openai)
 
 
@@ -43,8 +44,15 @@ def add_frontend(command: argparse.ArgumentParser) -> None:
 
 
 def settings_of(args: argparse.Namespace, url: str, listen: int, host: str = "127.0.0.1") -> Settings:
-    """What the options say."""
+    """What the options say. Raises ServerError for an interface without a key that other machines reach."""
     keys = [*args.api_key, *(key for key in os.environ.get(KEYS_VARIABLE, "").split(",") if key)]
+    if not keys and not is_local(host):
+        raise ServerError(
+            f"whoever reaches {host} could use the model",
+            expected="a key for clients",
+            found="none",
+            remedy=f"set {KEYS_VARIABLE} in the environment, or listen on 127.0.0.1",
+        )
     return Settings(
         args.repository,
         url,
@@ -67,7 +75,7 @@ def _openai(args: argparse.Namespace) -> int:
 
     check_url(args.url)
     settings = settings_of(args, args.url, args.port or free_ports()[0], args.host)
-    print(f"OpenAI http://{settings.host}:{settings.port}/v1", flush=True)
+    print(f"OpenAI {settings.base_url}", flush=True)
     with contextlib.suppress(KeyboardInterrupt):  # SIGTERM, too: this is how serving ends, its requests answered
         run(settings)
     return 0

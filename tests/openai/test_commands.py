@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -78,6 +79,12 @@ def test_serve_with_openais_interface_chat_and_the_end(packaged):
         assert talked.returncode == 0 and talked.stdout == f"{expected}\n" * 3 and talked.stderr.count("/reset: forget") == 2
         refused = run(*talk, input="hello\n", env={**environment, "OPENAI_API_KEY": "no"})
         assert refused.returncode == 2 and "refused with 401" in refused.stderr and "Traceback" not in refused.stderr
+        # Triton itself, without the interface, gives the same.
+        own = ["--url", f"127.0.0.1:{ports[1]}", "--repository", packaged, "--max-tokens", "8", "--temperature", "0"]
+        talked = run("chat", *own, input="hello\n/quit\n", env=environment)
+        assert talked.returncode == 0 and talked.stdout == f"{expected}\n", talked.stderr
+        once = run("generate", "hello", "--chat", *own, env=environment)
+        assert once.returncode == 0 and once.stdout == f"{expected}\n", once.stderr
         # The frontend dies: it is started again, and said so.
         (frontend,) = [pid for pid, line in children(server.pid).items() if "openai" in line]
         os.kill(frontend, signal.SIGKILL)
@@ -160,7 +167,61 @@ def test_generate_takes_a_message(tiny_engine_folder, packaged, tmp_path, capsys
     assert main(["generate", "<|user|>hello\n<|assistant|>", "--engine", str(engine), "--max-tokens", "6"]) == 0
     assert capsys.readouterr().out == said
     assert main(["generate", "hello", "--chat", "--url", "127.0.0.1:1"]) == 2
-    assert "ngpt-deploy chat --url" in capsys.readouterr().err
+    assert "--repository, which has the template" in capsys.readouterr().err
+
+
+def test_options_that_would_not_be_looked_at_are_refused(tiny_engine_folder, packaged, capsys):
+    for words, name in (
+        (["--engine", str(tiny_engine_folder), "--repository", str(packaged)], "--repository"),
+        (["--chat-template", "x"], "--chat-template"),
+        (["--repository", str(packaged), "--model", "nobody"], "--model"),
+        (["--repository", str(packaged), "--url", "http://127.0.0.1:1"], "the server's address"),
+        (["--url", "127.0.0.1:8001"], "the server's address"),
+    ):
+        assert main(["chat", *words]) == 2
+        said = capsys.readouterr().err
+        assert name in said and said.count("\n") == 1, said
+
+
+def test_an_address_that_others_reach_wants_a_key(packaged, capsys, monkeypatch):
+    monkeypatch.delenv("NGPT_API_KEY", raising=False)
+    for host in ("0.0.0.0", "::", "192.0.2.1", "example.org", ""):
+        assert main(["openai", str(packaged), "--host", host, "--port", "0"]) == 2
+        assert "expected a key for clients" in capsys.readouterr().err
+
+
+def until(master, wanted, seconds=60):
+    """What the terminal has shown when it shows this."""
+    said, deadline = b"", time.monotonic() + seconds
+    while wanted not in said:
+        assert time.monotonic() < deadline, said
+        if select.select([master], [], [], 0.2)[0]:
+            said += os.read(master, 4096)
+    return said
+
+
+def test_ctrl_c_in_a_terminal_stops_the_answer_and_not_the_program(tiny_engine_folder, template_file):
+    master, slave = os.openpty()
+    words = ["chat", "--engine", str(tiny_engine_folder), "--chat-template", str(template_file), "--temperature", "0"]
+    talk = subprocess.Popen([*COMMAND, *words], cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
+    os.close(slave)
+    try:
+        until(master, b"> ")
+        os.write(master, b"hello\n")
+        until(master, b"hello\r\n")
+        time.sleep(0.1)
+        talk.send_signal(signal.SIGINT)
+        until(master, b" [stopped]\r\n> ")
+        talk.send_signal(signal.SIGINT)
+        until(master, b"/quit or Ctrl-D ends\r\n> ")
+        os.write(master, b"/what\n")
+        until(master, b"/reset: forget")
+        os.write(master, b"/quit\n")
+        assert talk.wait(30) == 0
+    finally:
+        talk.kill()
+        talk.wait()
+        os.close(master)
 
 
 def test_the_template_travels_with_the_engine_and_the_repository(tiny_engine_folder, packaged, tmp_path):

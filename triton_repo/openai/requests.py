@@ -32,7 +32,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "functions": (None, "Use tools."),
     "function_call": (None, "Use tool_choice."),
     "chat_template": (None, "The template is the server's: --chat-template."),
-    "prompt_logprobs": (None, "Use echo with logprobs of the completions endpoint elsewhere; here they are not offered."),
+    "prompt_logprobs": (None, "Use echo with logprobs, of the completions endpoint."),
     "logits_processors": (None, "Use logit_bias or a guide."),
     "truncate_prompt_tokens": (None, "Shorten the prompt."),
     "lora": (None, "Adapters are not supported: merge them into the checkpoint."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import ipaddress
 import os
 import subprocess
 import sys
@@ -38,6 +39,12 @@ class Settings:
     tool_calls: Tags | None = None
     max_body_mb: int = 16
 
+    @property
+    def base_url(self) -> str:
+        """What clients are given; on this machine, where the frontend listens on every address."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}/v1" if ":" in host else f"http://{host}:{self.port}/v1"
+
     def arguments(self) -> list[str]:
         """Those of `ngpt-deploy openai`, but for the keys."""
         words = [str(self.repository), "--url", self.url, "--host", self.host, "--port", str(self.port)]
@@ -47,6 +54,13 @@ class Settings:
         for name, tags in (("--reasoning-tags", self.reasoning), ("--tool-call-tags", self.tool_calls)):
             words += [] if tags is None else [name, tags.open, tags.close]
         return words + [word for origin in self.origins for word in ("--allow-origin", origin)]
+
+
+def is_local(host: str) -> bool:
+    """Whether an address is this machine's own alone."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 def run(settings: Settings) -> None:
@@ -91,7 +105,7 @@ class Frontend:
     @property
     def base_url(self) -> str:
         """What clients are given."""
-        return f"http://{self.settings.host}:{self.settings.port}/v1"
+        return self.settings.base_url
 
     @property
     def pid(self) -> int | None:
@@ -129,7 +143,7 @@ class Frontend:
             command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
         )
         deadline = time.monotonic() + self.start_timeout
-        while not http_ok(f"http://{self.settings.host}:{self.settings.port}/metrics"):
+        while not http_ok(self.base_url.removesuffix("/v1") + "/metrics"):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self._process.kill()
                 raise ServerError("OpenAI's frontend did not start", remedy="see what it says above")
