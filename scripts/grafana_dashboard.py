@@ -219,7 +219,6 @@ def dashboard() -> dict[str, Any]:
         "label": "Prometheus",
         "type": "datasource",
         "query": "prometheus",
-        "current": {},
         "refresh": 1,
     }
     return {

@@ -23,6 +23,7 @@ VALUES = {
     "two-nodes": {"gpus": 8, "multiNode": {"enabled": True}},
     "two-nodes-scaled": {"gpus": 8, "multiNode": {"enabled": True}, "autoscaling": {"enabled": True}},
     "patient": {"model": "tiny-1.b,other_tensorrt_llm", "shutdown": {"exitTimeoutSeconds": 600, "drainSeconds": 0}},
+    "watched": {"monitoring": {"scrape": "PodMonitor", "rules": True, "dashboard": True}},
     "two-nodes-patient": {"gpus": 8, "multiNode": {"enabled": True}, "shutdown": {"exitTimeoutSeconds": 600, "drainSeconds": 30}},
 }
 
@@ -64,7 +65,7 @@ def test_helm_has_nothing_to_say_but_that_there_is_no_icon():
 def test_every_object_fits_its_schema(case):
     objects = rendered(case)
     for kind, found in objects.items():
-        if kind != "LeaderWorkerSet":  # not Kubernetes' own
+        if kind not in ("LeaderWorkerSet", "PodMonitor", "PrometheusRule"):  # not Kubernetes' own
             kubernetes_validate.validate(found, KUBERNETES, strict=True)
     for template in pods(objects).values():
         check_pod(template)
@@ -203,6 +204,7 @@ def test_a_group_is_one_job_over_its_nodes():
         ({"models": {"path": "models"}}, "path"),
         ({"model": "no name"}, "model"),
         ({"shutdown": {"marginSeconds": 0}}, "marginSeconds"),
+        ({"monitoring": {"scrape": "Probe"}}, "scrape"),
         ({"multiNode": {"enabled": True}, "gpus": 0}, "multiNode needs gpus of at least 1"),
     ],
 )

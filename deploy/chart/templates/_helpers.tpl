@@ -33,7 +33,7 @@ metadata:
   labels:
     {{- include "ngpt.labels" . | nindent 4 }}
     ngpt-deploy/role: {{ $.role }}
-  {{- if ne $.role "worker" }}
+  {{- if and (ne $.role "worker") (not .Values.monitoring.scrape) }}
   annotations:
     prometheus.io/scrape: "true"
     prometheus.io/port: "8002"

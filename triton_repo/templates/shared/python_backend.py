@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # a repository of TensorRT-LLM's PyTorch runtime has no runti
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 WATCH_SECONDS = 0.01
+FIRST_TOKEN = ("ngpt_first_token_seconds", "Seconds from arrival to first token")
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
@@ -180,8 +181,8 @@ class Metrics:
                 self._metrics.append((key, kind, metric, family))
             if hasattr(pb_utils.MetricFamily, "HISTOGRAM"):  # older servers have none
                 self._latency_family = pb_utils.MetricFamily(
-                    name="ngpt_first_token_seconds",
-                    description="Seconds from arrival to first token",
+                    name=FIRST_TOKEN[0],
+                    description=FIRST_TOKEN[1],
                     kind=pb_utils.MetricFamily.HISTOGRAM,
                 )
                 self._latency = self._latency_family.Metric(labels=dict(labels), buckets=list(LATENCY_BUCKETS))
