@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 DOCUMENT = ROOT / "docs" / "metrics.md"
 BEGIN, END = "<!-- begin: scripts/metrics_table.py -->\n", "<!-- end -->\n"
 HEAD = "| metric | type | labels | meaning |\n|---|---|---|---|\n"
-LABELS = ("model", "version", "instance")
+LABELS = ("model", "version", "model_instance")
 FRONTEND = "\nThose of [OpenAI's frontend](openai.md), on its own port and path `/metrics`:\n\n"
 
 

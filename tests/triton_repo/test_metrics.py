@@ -8,7 +8,7 @@ import pytest
 from scripts import metrics_table
 from tests.deploy.expressions import everywhere, rules, selectors
 
-OUR_LABELS = {"model", "version", "instance"}
+OUR_LABELS = {"model", "version", "model_instance"}
 # Of a GPU, of Prometheus itself, of TensorRT-LLM's backend: not there in these tests.
 ELSEWHERE = {"nv_gpu_utilization", "nv_gpu_memory_used_bytes", "nv_gpu_memory_total_bytes", "nv_gpu_power_usage"} | {
     "up",
@@ -66,7 +66,7 @@ def test_dashboard_alerts_and_autoscaler_ask_for_what_there_is(published):
 
 
 def test_no_alert_takes_the_processes_of_one_model_apart():
-    """What the model calls `instance` is `exported_instance` in Prometheus, or the server's own with `honor_labels`."""
+    """`instance` is the server; one process of a model is `model_instance`."""
     for rule in rules():
         if "ngpt_" in rule["expr"]:
             assert re.findall(r" by \((.*?)\)", rule["expr"]), rule["alert"]

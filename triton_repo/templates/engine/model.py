@@ -61,11 +61,7 @@ METRICS = {
     "ngpt_requests_completed": ("completed_total", "counter", "Requests answered to their end"),
     "ngpt_requests_cancelled": ("cancelled_total", "counter", "Requests cancelled"),
     "ngpt_requests_failed": ("failed_total", "counter", "Requests that failed"),
-    "ngpt_requests_rejected": (
-        "rejected_total",
-        "counter",
-        "Requests that the scheduler refused, as a rule because the queue was full",
-    ),
+    "ngpt_requests_rejected": ("rejected_total", "counter", "Requests that the scheduler refused, as a rule for a full queue"),
 }
 
 
@@ -92,7 +88,7 @@ class TritonPythonModel:
         self.model = self.engine.manifest.model
         self.in_flight: InFlight[Request] = InFlight()
         labels = {"model": args["model_name"], "version": args.get("model_version", "1")}
-        self.metrics = Metrics(labels | {"instance": args.get("model_instance_name", "0")}, METRICS)
+        self.metrics = Metrics(labels | {"model_instance": args.get("model_instance_name", "0")}, METRICS)
         self.watcher = Watcher(lambda: self.metrics.update(self.engine.scheduler.stats))
 
     def is_ready(self) -> bool:
