@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 
 import numpy as np
 import pytest
@@ -239,3 +240,27 @@ def test_variables_of_any_name_reach_the_template():
     assert run(api(double), CHAT | {"chat_template_kwargs": names}, path="/v1/chat/completions")["status"] == 200
     refused = run(api(double), CHAT | {"chat_template_kwargs": {"messages": []}}, path="/v1/chat/completions")
     assert refused["status"] == 400
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"prompt": [1.5] * 300_000}, "prompt"),
+        ({"prompt": [[1.5]] * 300_000}, "prompt"),
+        ({"stop": [1] * 300_000}, "stop"),
+        ({"stop_token_ids": ["x"] * 300_000}, "stop_token_ids"),
+        ({"logit_bias": {str(each): "x" for each in range(300_000)}}, "logit_bias"),
+        ({"guided_choice": [1] * 300_000}, "guided_choice"),
+    ],
+)
+def test_the_first_of_many_wrong_entries_is_enough(body, field):
+    """With an error for each of them this took half a minute, in which no stream went on, and gigabytes."""
+    start = time.monotonic()
+    answer = run(api(Double(*WHOLE)), BODY | body)
+    error = json.loads(answer["body"])["error"]
+    assert answer["status"] == 400 and error["param"] == field and time.monotonic() - start < 3
+
+
+def test_values_are_counted_and_bounded():
+    answer = run(api(Double(*WHOLE)), b'{"model": "tiny", "prompt": [' + b"1," * (1 << 20) + b"1]}")
+    assert answer["status"] == 413 and b"at most 1048576 values" in answer["body"]

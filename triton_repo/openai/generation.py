@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from triton_repo.async_client import AsyncClient, Refused
 from triton_repo.openai.errors import ApiError, from_server
 from triton_repo.openai.models import Model
-from triton_repo.openai.requests import Request
+from triton_repo.openai.requests import MAX_BIASES, Request
 from triton_repo.serving_inputs import sequences_array
 
 
@@ -195,11 +195,11 @@ def _bias(given: Mapping[str, float]) -> dict[str, NDArray[Any]]:
     except ValueError:
         raise ApiError("logit_bias: expected token ids as keys.", param="logit_bias") from None
     if (
-        len(ids) > 1024
+        len(ids) > MAX_BIASES
         or not all(0 <= token < 1 << 31 for token in ids)
         or not all(-100 <= value <= 100 for value in given.values())
     ):
-        raise ApiError("logit_bias: expected at most 1024 token ids with numbers from -100 to 100.", param="logit_bias")
+        raise ApiError(f"logit_bias: expected at most {MAX_BIASES} token ids with numbers from -100 to 100.", param="logit_bias")
     return {
         "logit_bias_ids": np.asarray([ids], np.int32),
         "logit_bias_values": np.asarray([list(given.values())], np.float32),
