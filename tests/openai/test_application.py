@@ -77,9 +77,9 @@ def api(double, **options):
     return made
 
 
-async def ask(made, body, *, path="/v1/completions", key="", leave_after=None, slow=None, method="POST"):
+async def ask(made, body, *, path="/v1/completions", key="", leave_after=None, slow=None, stuck=False, method="POST"):
     """Status, headers and body of one request by ASGI. leave_after: seconds from its way to the server until the client is
-    gone."""
+    gone. slow: seconds until the body comes. stuck: what is sent is never taken."""
     sent, answer = False, {"status": None, "headers": {}, "body": b""}
     gone = asyncio.Event()
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -99,6 +99,8 @@ async def ask(made, body, *, path="/v1/completions", key="", leave_after=None, s
             answer["status"] = message["status"]
             answer["headers"] = {name.decode(): value.decode() for name, value in message["headers"]}
         answer["body"] += message.get("body", b"")
+        if stuck and message.get("body"):
+            await asyncio.Event().wait()
 
     async def leave():
         if leave_after is not None:
@@ -145,6 +147,16 @@ def test_a_client_that_leaves_ends_its_requests_wherever_they_are(path, body, sc
     assert counted(made, "ngpt_openai_requests_total") == {
         f'ngpt_openai_requests_total{{endpoint="{endpoint}",status="499"}}': 1.0
     }
+
+
+@pytest.mark.parametrize(("path", "body"), PATHS)
+def test_a_client_that_takes_nothing_and_leaves_ends_its_request_at_once(path, body):
+    async def work():
+        double = Double(Result("a"), Result("b"), 9.0, Result("c", "stop"))
+        await ask(api(double), body | {"stream": True}, path=path, leave_after=0.1, stuck=True)
+        return double.left
+
+    assert asyncio.run(work()) == 1
 
 
 @pytest.mark.parametrize(("path", "body"), PATHS)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+import contextlib
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,30 +110,31 @@ def sampling(request: Request, generation: Mapping[str, float | bool]) -> dict[s
     return found
 
 
-async def generate(client: AsyncClient, model: Model, arrays: dict[str, NDArray[Any]]) -> AsyncIterator[Piece]:
+async def generate(client: AsyncClient, model: Model, arrays: dict[str, NDArray[Any]]) -> AsyncGenerator[Piece, None]:
     """The pieces of one answer, of which the last has a finish_reason; left early, its request is cancelled.
 
     Raises ApiError, also for an answer that somebody else has ended.
     """
     ended: str | None = None
     try:
-        async for result in client.stream(model.served, arrays):
-            found = {tensor.name for tensor in result.get_response().outputs}
-            last = "finish_reason" in found
-            ended = _text(result, "finish_reason") if last else None
-            if ended == "cancelled":
-                break
-            yield Piece(
-                text=_text(result, "text_output") if "text_output" in found else "",
-                tokens=result.as_numpy("output_ids").reshape(-1).tolist() if "output_ids" in found else (),
-                log_probs=result.as_numpy("output_log_probs").reshape(-1).tolist() if "output_log_probs" in found else (),
-                top=_top(result) if "top_log_probs" in found else (),
-                finish_reason=ended,
-                stop_reason=_text(result, "stop_reason") or None if last else None,
-                prompt_tokens=int(result.as_numpy("num_input_tokens").item()) if "num_input_tokens" in found else 0,
-                completion_tokens=int(result.as_numpy("num_output_tokens").item()) if "num_output_tokens" in found else 0,
-                context=_rows(result, "context_logits") if "context_logits" in found else None,
-            )
+        async with contextlib.aclosing(client.stream(model.served, arrays)) as results:
+            async for result in results:
+                found = {tensor.name for tensor in result.get_response().outputs}
+                last = "finish_reason" in found
+                ended = _text(result, "finish_reason") if last else None
+                if ended == "cancelled":
+                    break
+                yield Piece(
+                    text=_text(result, "text_output") if "text_output" in found else "",
+                    tokens=result.as_numpy("output_ids").reshape(-1).tolist() if "output_ids" in found else (),
+                    log_probs=result.as_numpy("output_log_probs").reshape(-1).tolist() if "output_log_probs" in found else (),
+                    top=_top(result) if "top_log_probs" in found else (),
+                    finish_reason=ended,
+                    stop_reason=_text(result, "stop_reason") or None if last else None,
+                    prompt_tokens=int(result.as_numpy("num_input_tokens").item()) if "num_input_tokens" in found else 0,
+                    completion_tokens=int(result.as_numpy("num_output_tokens").item()) if "num_output_tokens" in found else 0,
+                    context=_rows(result, "context_logits") if "context_logits" in found else None,
+                )
     except Refused as error:
         raise from_server(error) from error
     if ended not in ("stop", "length"):
