@@ -3,7 +3,7 @@ without which a decoupled model's end is not told.)"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import grpc
@@ -33,7 +33,9 @@ class AsyncClient:
         for each in self._channels:
             await each.close()
 
-    async def stream(self, model: str, arrays: dict[str, NDArray[Any]], request_id: str = "") -> AsyncIterator[InferResult]:
+    async def stream(
+        self, model: str, arrays: dict[str, NDArray[Any]], request_id: str = ""
+    ) -> AsyncGenerator[InferResult, None]:
         """The responses to one request, the empty last one left out. Left early, or cancelled, it cancels the request.
 
         Raises Refused.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 
 import numpy as np
 import pytest
@@ -76,9 +77,9 @@ def api(double, **options):
     return made
 
 
-async def ask(made, body, *, path="/v1/completions", key="", leave_after=None, slow=None, method="POST"):
+async def ask(made, body, *, path="/v1/completions", key="", leave_after=None, slow=None, stuck=False, method="POST"):
     """Status, headers and body of one request by ASGI. leave_after: seconds from its way to the server until the client is
-    gone."""
+    gone. slow: seconds until the body comes. stuck: what is sent is never taken."""
     sent, answer = False, {"status": None, "headers": {}, "body": b""}
     gone = asyncio.Event()
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -98,6 +99,8 @@ async def ask(made, body, *, path="/v1/completions", key="", leave_after=None, s
             answer["status"] = message["status"]
             answer["headers"] = {name.decode(): value.decode() for name, value in message["headers"]}
         answer["body"] += message.get("body", b"")
+        if stuck and message.get("body"):
+            await asyncio.Event().wait()
 
     async def leave():
         if leave_after is not None:
@@ -144,6 +147,16 @@ def test_a_client_that_leaves_ends_its_requests_wherever_they_are(path, body, sc
     assert counted(made, "ngpt_openai_requests_total") == {
         f'ngpt_openai_requests_total{{endpoint="{endpoint}",status="499"}}': 1.0
     }
+
+
+@pytest.mark.parametrize(("path", "body"), PATHS)
+def test_a_client_that_takes_nothing_and_leaves_ends_its_request_at_once(path, body):
+    async def work():
+        double = Double(Result("a"), Result("b"), 9.0, Result("c", "stop"))
+        await ask(api(double), body | {"stream": True}, path=path, leave_after=0.1, stuck=True)
+        return double.left
+
+    assert asyncio.run(work()) == 1
 
 
 @pytest.mark.parametrize(("path", "body"), PATHS)
@@ -239,3 +252,27 @@ def test_variables_of_any_name_reach_the_template():
     assert run(api(double), CHAT | {"chat_template_kwargs": names}, path="/v1/chat/completions")["status"] == 200
     refused = run(api(double), CHAT | {"chat_template_kwargs": {"messages": []}}, path="/v1/chat/completions")
     assert refused["status"] == 400
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"prompt": [1.5] * 300_000}, "prompt"),
+        ({"prompt": [[1.5]] * 300_000}, "prompt"),
+        ({"stop": [1] * 300_000}, "stop"),
+        ({"stop_token_ids": ["x"] * 300_000}, "stop_token_ids"),
+        ({"logit_bias": {str(each): "x" for each in range(300_000)}}, "logit_bias"),
+        ({"guided_choice": [1] * 300_000}, "guided_choice"),
+    ],
+)
+def test_the_first_of_many_wrong_entries_is_enough(body, field):
+    """With an error for each of them this took half a minute, in which no stream went on, and gigabytes."""
+    start = time.monotonic()
+    answer = run(api(Double(*WHOLE)), BODY | body)
+    error = json.loads(answer["body"])["error"]
+    assert answer["status"] == 400 and error["param"] == field and time.monotonic() - start < 3
+
+
+def test_values_are_counted_and_bounded():
+    answer = run(api(Double(*WHOLE)), b'{"model": "tiny", "prompt": [' + b"1," * (1 << 20) + b"1]}")
+    assert answer["status"] == 413 and b"at most 1048576 values" in answer["body"]

@@ -37,6 +37,49 @@ STYLES = {
     "{%- if m.tool_calls %}\n{%- for c in m.tool_calls %}\n{%- if loop.index > 3 %}{% break %}{% endif %}\n{{- c.function | tojson }}\n{%- endfor %}\n{%- endif %}\n{%- endfor %}\n"
     "{%- if add_generation_prompt %}\n{{- 'A: ' }}\n{%- if enable_thinking is defined and enable_thinking is false %}\n{{- '<think>\n\n</think>\n\n' }}\n"
     "{%- else %}\n{{- '<think>\n' }}\n{%- endif %}\n{%- endif %}",
+    "mistral": "{%- if messages[0]['role'] == 'system' %}\n    {%- set system_message = messages[0]['content'] %}\n    {%- set rest = messages[1:] %}\n"
+    "{%- else %}\n    {%- set rest = messages %}\n{%- endif %}\n{%- set users = rest | selectattr('role', 'equalto', 'user') | list %}\n{{- bos_token }}\n"
+    "{%- for m in rest %}\n    {%- if m.role == 'user' %}\n        {%- if tools is not none and m == users[-1] %}\n            {{- '[AVAILABLE_TOOLS] [' }}\n"
+    "            {%- for t in tools %}\n                {{- '{\"type\": \"function\", \"function\": {' }}\n                {%- for key, val in t.function.items() if key != 'return' %}\n"
+    "                    {%- if val is string %}\n                        {{- '\"' + key + '\": \"' + val + '\"' }}\n                    {%- else %}\n"
+    "                        {{- '\"' + key + '\": ' + val | tojson }}\n                    {%- endif %}\n                    {%- if not loop.last %}{{- ', ' }}{%- endif %}\n"
+    "                {%- endfor %}\n                {{- '}}' if not loop.last else '}}]' }}\n            {%- endfor %}\n            {{- '[/AVAILABLE_TOOLS]' }}\n        {%- endif %}\n"
+    "        {{- '[INST] ' + (system_message + '\n\n' if loop.last and system_message is defined else '') + m.content + '[/INST]' }}\n"
+    "    {%- elif m.role == 'assistant' and m.content is defined %}\n        {{- ' ' + m.content | trim + eos_token }}\n"
+    "    {%- elif m.tool_calls is defined %}\n        {{- '[TOOL_CALLS] ' ~ (m.tool_calls | map(attribute='function') | list | tojson) ~ eos_token }}\n"
+    "    {%- elif m.role in ['tool', 'tool_results'] %}\n        {{- '[TOOL_RESULTS] ' + {'content': m.content | string} | tojson + '[/TOOL_RESULTS]' }}\n    {%- endif %}\n{%- endfor %}",
+    "qwen-tools": "{%- if tools %}\n    {{- '<|im_start|>system\n' }}\n    {%- if messages[0].role == 'system' %}{{- messages[0].content + '\n\n' }}{%- endif %}\n"
+    "    {{- '# Tools\n\n<tools>' }}\n    {%- for tool in tools %}\n        {{- '\n' }}\n        {{- tool | tojson }}\n    {%- endfor %}\n    {{- '\n</tools><|im_end|>\n' }}\n"
+    "{%- elif messages[0].role == 'system' %}\n    {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}\n{%- endif %}\n"
+    "{%- set ns = namespace(multi_step_tool=true, last_query_index=messages | length - 1) %}\n{%- for m in messages[::-1] %}\n    {%- set index = (messages | length - 1) - loop.index0 %}\n"
+    "    {%- if ns.multi_step_tool and m.role == 'user' and not (m.content.startswith('<tool_response>') and m.content.endswith('</tool_response>')) %}\n"
+    "        {%- set ns.multi_step_tool = false %}\n        {%- set ns.last_query_index = index %}\n    {%- endif %}\n{%- endfor %}\n"
+    "{%- for m in messages %}\n    {%- set content = m.content if m.content is string else '' %}\n    {%- if m.role == 'user' or (m.role == 'system' and not loop.first) %}\n"
+    "        {{- '<|im_start|>' + m.role + '\n' + content + '<|im_end|>\n' }}\n    {%- elif m.role == 'assistant' %}\n        {%- set reasoning = '' %}\n"
+    "        {%- if m.reasoning_content is string %}\n            {%- set reasoning = m.reasoning_content %}\n        {%- elif '</think>' in content %}\n"
+    "            {%- set reasoning = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}\n            {%- set content = content.split('</think>')[-1].lstrip('\n') %}\n"
+    "        {%- endif %}\n        {{- '<|im_start|>assistant\n' }}\n        {%- if loop.index0 > ns.last_query_index and (loop.last or reasoning) %}\n"
+    "            {{- '<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}\n        {%- else %}\n            {{- content }}\n        {%- endif %}\n"
+    "        {%- for call in m.tool_calls or [] %}\n            {%- if (loop.first and content) or not loop.first %}{{- '\n' }}{%- endif %}\n"
+    "            {{- '<tool_call>\n{\"name\": \"' ~ call.function.name ~ '\", \"arguments\": ' }}\n            {%- if call.function.arguments is string %}{{- call.function.arguments }}"
+    "{%- else %}{{- call.function.arguments | tojson }}{%- endif %}\n            {{- '}\n</tool_call>' }}\n        {%- endfor %}\n        {{- '<|im_end|>\n' }}\n"
+    "    {%- elif m.role == 'tool' %}\n        {%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}\n"
+    "        {{- '\n<tool_response>\n' + content + '\n</tool_response>' }}\n        {%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{- '<|im_end|>\n' }}{%- endif %}\n    {%- endif %}\n{%- endfor %}\n"
+    "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\n' }}\n    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}\n{%- endif %}",
+    "deepseek": "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}{% set ns = namespace(is_first=true, is_tool=false, system_prompt='') %}"
+    "{%- for m in messages %}{%- if m['role'] == 'system' %}{% set ns.system_prompt = m['content'] %}{%- endif %}{%- endfor %}{{ bos_token }}{{ ns.system_prompt }}"
+    "{%- for m in messages %}{%- if m['role'] == 'user' %}{%- set ns.is_tool = false -%}{{ '<｜User｜>' + m['content'] }}{%- endif %}"
+    "{%- if m['role'] == 'assistant' and m['content'] is none %}{{ 'never: what is null is not there' }}{%- endif %}"
+    "{%- if m['role'] == 'assistant' and m['content'] is defined %}{%- if ns.is_tool %}{{ '<｜tool▁outputs▁end｜>' + m['content'] + '<｜end｜>' }}{%- set ns.is_tool = false -%}"
+    "{%- else %}{% set content = m['content'] %}{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}{{ '<｜Assistant｜>' + content + '<｜end｜>' }}{%- endif %}{%- endif %}"
+    "{%- if m['role'] == 'tool' %}{%- if not ns.is_tool %}{{ '<｜tool▁outputs▁begin｜>' }}{%- set ns.is_tool = true -%}{%- endif %}{{ m['content'] }}{%- endif %}{%- endfor -%}"
+    "{% if ns.is_tool %}{{ '<｜tool▁outputs▁end｜>' }}{% endif %}{% if add_generation_prompt and not ns.is_tool %}{{ '<｜Assistant｜><think>\n' }}{% endif %}",
+    "nemotron": "{%- set system = namespace(text='', thinking=true) -%}{%- for m in messages if m.role == 'system' -%}{%- set system.text = m.content -%}{%- endfor -%}\n"
+    "{%- for m in messages -%}{%- if m.role in ('user', 'system') and '/no_think' in (m.content or '') -%}{%- set system.thinking = false -%}{%- endif -%}{%- endfor -%}\n"
+    "{{- '<extra_id_0>System\n' ~ system.text.replace('/no_think', '').strip() -}}\n{%- if tools -%}{{ '\n' }}{%- for t in tools -%}<tool> {{ t.function | tojson }} </tool>{{ '\n' }}{%- endfor -%}{%- endif -%}\n"
+    "{%- for m in messages -%}\n{%- if m.role == 'user' -%}{{ '\n<extra_id_1>User\n' ~ m.content | trim }}\n{%- elif m.role == 'assistant' -%}{{ '\n<extra_id_1>Assistant\n' ~ m.get('content', '') }}\n"
+    "{%- elif m.role == 'tool' -%}{{ '\n<extra_id_1>Tool\n' ~ m.content }}{%- endif -%}\n{%- endfor -%}\n"
+    "{%- if add_generation_prompt -%}{{ '\n<extra_id_1>Assistant\n' }}{%- if system.thinking -%}{{ '<think>\n' }}{%- else -%}{{ '<think></think>' }}{%- endif -%}{%- endif -%}",
     "dated": "{% set day = strftime_now('%Y') %}{{ 'in ' + day[:1] }}{% for m in messages | selectattr('role', 'ne', 'system') %}"
     "{{ dict(r=m.role, c=m.content) | tojson(sort_keys=true, ensure_ascii=true) }}{% if not loop.last %},{% endif %}{% endfor %}",
 }  # fmt: skip
@@ -52,11 +95,12 @@ ours = {name: ChatTemplate({"default": source}, TOKENS) for name, source in STYL
 texts = st.text(st.sampled_from(" ab\n<>&'\"{}%é日😀</think>\\"), max_size=20)
 messages_of = st.lists(
     st.fixed_dictionaries(
-        {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": texts},
+        {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": texts | st.none()},
         optional={
             "reasoning_content": texts,
-            "reasoning": texts,
-            "tool_calls": st.just([{"type": "function", "function": {"name": "f", "arguments": {"x": "<1>"}}}] * 4),
+            "reasoning": texts | st.none(),
+            "name": st.none(),
+            "tool_calls": st.none() | st.just([{"type": "function", "function": {"name": "f", "arguments": {"x": "<1>"}}}] * 4),
         },
     ),
     min_size=1,

@@ -21,6 +21,7 @@ import pytest
 from scripts.cli import main
 from tests.conftest import ROOT
 from tests.openai.conftest import KEY, TEMPLATE
+from triton_repo.openai.run import Frontend, Settings
 from triton_repo.package import package_engine
 
 COMMAND = [sys.executable, "-c", "import sys; from scripts.cli import main; sys.exit(main())"]
@@ -143,6 +144,20 @@ def test_the_frontend_alone_before_a_server_that_is_not_there(packaged, tmp_path
         process.kill()
         process.stdout.close()
         process.wait()
+
+
+def test_a_frontend_that_is_left_while_it_starts_again_leaves_no_process(packaged):
+    said = []
+    with Frontend(Settings(packaged, "127.0.0.1:1", port=0), said.append) as frontend:
+        port = str(frontend.settings.port)
+        os.kill(frontend.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while not said:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    time.sleep(0.3)
+    left = [line for line in children(os.getpid()).values() if "openai" in line and port in line]
+    assert said == ["OpenAI's frontend has died: starting again"] and not left
 
 
 def test_chat_with_an_engine_folder(tiny_engine_folder, template_file):

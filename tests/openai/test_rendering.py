@@ -51,6 +51,12 @@ def test_a_template_that_does_not_end_is_given_up_and_the_next_request_is_served
     assert time.monotonic() - start < 8
 
 
+def test_memory_is_bounded():
+    large = ChatTemplate({"default": "{{ ('x' * (messages | length * 3000000000)) | length }}"})
+    (said,) = rendered({"large": large}, ("large", {}))
+    assert said.startswith("the chat template"), said
+
+
 def test_streams_go_on_meanwhile():
     async def work():
         renderer = Renderer({"bad": ChatTemplate({"default": LONG["loops"]})}, max_seconds=2)

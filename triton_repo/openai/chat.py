@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -168,7 +169,7 @@ class Chat:
             calls = None
         return _Choice(reasoning, calls, self._forced)
 
-    def _pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+    def _pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         return merged([generate(self._client, self._model, each) for each in self._tensors])
 
     async def events(self) -> AsyncGenerator[Event, None]:
@@ -176,23 +177,24 @@ class Chat:
         choices, usage = [self._choice() for _ in self._asks], self.usage
         begun: set[int] = set()
         wants = self._request.stream_options
-        async for index, piece in self._pieces():
-            choice = choices[index]
-            deltas = list(choice.push(piece.text))
-            if piece.finish_reason is not None:
-                deltas += choice.flush()
-                usage.add(piece)
-            if index not in begun:
-                begun.add(index)
-                yield self._chunk(index, {"role": "assistant", "content": ""}, usage=usage)
-            probabilities = self._probabilities(piece)
-            if not deltas and probabilities is not None:
-                deltas = [{"content": ""}]
-            for delta in deltas:
-                yield self._chunk(index, delta, logprobs=probabilities, usage=usage)
-                probabilities = None
-            if piece.finish_reason is not None:
-                yield self._chunk(index, {}, finish=self._finish(choice, piece), stop=piece.stop_reason, usage=usage)
+        async with contextlib.aclosing(self._pieces()) as pieces:
+            async for index, piece in pieces:
+                choice = choices[index]
+                deltas = list(choice.push(piece.text))
+                if piece.finish_reason is not None:
+                    deltas += choice.flush()
+                    usage.add(piece)
+                if index not in begun:
+                    begun.add(index)
+                    yield self._chunk(index, {"role": "assistant", "content": ""}, usage=usage)
+                probabilities = self._probabilities(piece)
+                if not deltas and probabilities is not None:
+                    deltas = [{"content": ""}]
+                for delta in deltas:
+                    yield self._chunk(index, delta, logprobs=probabilities, usage=usage)
+                    probabilities = None
+                if piece.finish_reason is not None:
+                    yield self._chunk(index, {}, finish=self._finish(choice, piece), stop=piece.stop_reason, usage=usage)
         if wants is not None and wants.include_usage:
             yield self._envelope("chat.completion.chunk") | {"choices": [], "usage": usage.body()}
 
@@ -203,15 +205,16 @@ class Chat:
         ends: list[Piece | None] = [None] * len(choices)
         logs: list[list[dict[str, Any]]] = [[] for _ in choices]
         usage = self.usage
-        async for index, piece in self._pieces():
-            deltas = list(choices[index].push(piece.text))
-            logs[index] += (self._probabilities(piece) or {"content": []})["content"]
-            if piece.finish_reason is not None:
-                deltas += choices[index].flush()
-                usage.add(piece)
-                ends[index] = piece
-            for delta in deltas:
-                _join(messages[index], delta)
+        async with contextlib.aclosing(self._pieces()) as pieces:
+            async for index, piece in pieces:
+                deltas = list(choices[index].push(piece.text))
+                logs[index] += (self._probabilities(piece) or {"content": []})["content"]
+                if piece.finish_reason is not None:
+                    deltas += choices[index].flush()
+                    usage.add(piece)
+                    ends[index] = piece
+                for delta in deltas:
+                    _join(messages[index], delta)
         answers = []
         for index, (message, end) in enumerate(zip(messages, ends, strict=True)):
             if end is None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from triton_repo.async_client import AsyncClient
@@ -75,9 +76,10 @@ class Completion:
             )
         return ids
 
-    async def _pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        async for index, piece in merged([generate(self._client, self._model, each) for each in self._tensors]):
-            yield index, piece.without_token() if self._silent else piece
+    async def _pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
+        async with contextlib.aclosing(merged([generate(self._client, self._model, each) for each in self._tensors])) as pieces:
+            async for index, piece in pieces:
+                yield index, piece.without_token() if self._silent else piece
 
     def _before(self, index: int) -> str:
         """The prompt, where it is asked for."""
@@ -94,33 +96,35 @@ class Completion:
         """Chunks of the stream. Raises ApiError."""
         usage, wants, begun = self.usage, self._request.stream_options, set[int]()
         logs = [self._after(index) for index in range(len(self._asks))]
-        async for index, piece in self._pieces():
-            text = piece.text
-            if index not in begun:
-                begun.add(index)
-                text = self._before(index) + text
-            if piece.finish_reason is not None:
-                usage.add(piece, index // self._count)
-            if text or piece.tokens or piece.finish_reason is not None:
-                lists = logs[index].of([piece]) if self._request.logprobs is not None else None
-                chunk = self._envelope() | {"choices": [_choice(index, text, lists, piece)]}
-                if wants is not None and wants.include_usage:
-                    chunk["usage"] = usage.body() if wants.continuous_usage_stats else None
-                yield chunk
+        async with contextlib.aclosing(self._pieces()) as pieces:
+            async for index, piece in pieces:
+                text = piece.text
+                if index not in begun:
+                    begun.add(index)
+                    text = self._before(index) + text
+                if piece.finish_reason is not None:
+                    usage.add(piece, index // self._count)
+                if text or piece.tokens or piece.finish_reason is not None:
+                    lists = logs[index].of([piece]) if self._request.logprobs is not None else None
+                    chunk = self._envelope() | {"choices": [_choice(index, text, lists, piece)]}
+                    if wants is not None and wants.include_usage:
+                        chunk["usage"] = usage.body() if wants.continuous_usage_stats else None
+                    yield chunk
         if wants is not None and wants.include_usage:
             yield self._envelope() | {"choices": [], "usage": usage.body()}
 
     async def answer(self) -> dict[str, Any]:
         """The whole answer. Raises ApiError."""
-        pieces: list[list[Piece]] = [[] for _ in self._asks]
-        async for index, piece in self._pieces():
-            pieces[index].append(piece)
-            if piece.finish_reason is not None:
-                self.usage.add(piece, index // self._count)
+        found: list[list[Piece]] = [[] for _ in self._asks]
+        async with contextlib.aclosing(self._pieces()) as pieces:
+            async for index, piece in pieces:
+                found[index].append(piece)
+                if piece.finish_reason is not None:
+                    self.usage.add(piece, index // self._count)
         choices = []
-        for index, found in enumerate(pieces):
-            text = self._before(index) + "".join(piece.text for piece in found)
-            choices.append(_choice(index, text, self._lists(index, found), found[-1]))
+        for index, own in enumerate(found):
+            text = self._before(index) + "".join(piece.text for piece in own)
+            choices.append(_choice(index, text, self._lists(index, own), own[-1]))
         return self._envelope() | {"choices": choices, "usage": self.usage.body()}
 
     def _lists(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any] | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+import contextlib
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from triton_repo.async_client import AsyncClient, Refused
 from triton_repo.openai.errors import ApiError, from_server
 from triton_repo.openai.models import Model
-from triton_repo.openai.requests import Request
+from triton_repo.openai.requests import MAX_BIASES, Request
 from triton_repo.serving_inputs import sequences_array
 
 
@@ -109,30 +110,31 @@ def sampling(request: Request, generation: Mapping[str, float | bool]) -> dict[s
     return found
 
 
-async def generate(client: AsyncClient, model: Model, arrays: dict[str, NDArray[Any]]) -> AsyncIterator[Piece]:
+async def generate(client: AsyncClient, model: Model, arrays: dict[str, NDArray[Any]]) -> AsyncGenerator[Piece, None]:
     """The pieces of one answer, of which the last has a finish_reason; left early, its request is cancelled.
 
     Raises ApiError, also for an answer that somebody else has ended.
     """
     ended: str | None = None
     try:
-        async for result in client.stream(model.served, arrays):
-            found = {tensor.name for tensor in result.get_response().outputs}
-            last = "finish_reason" in found
-            ended = _text(result, "finish_reason") if last else None
-            if ended == "cancelled":
-                break
-            yield Piece(
-                text=_text(result, "text_output") if "text_output" in found else "",
-                tokens=result.as_numpy("output_ids").reshape(-1).tolist() if "output_ids" in found else (),
-                log_probs=result.as_numpy("output_log_probs").reshape(-1).tolist() if "output_log_probs" in found else (),
-                top=_top(result) if "top_log_probs" in found else (),
-                finish_reason=ended,
-                stop_reason=_text(result, "stop_reason") or None if last else None,
-                prompt_tokens=int(result.as_numpy("num_input_tokens").item()) if "num_input_tokens" in found else 0,
-                completion_tokens=int(result.as_numpy("num_output_tokens").item()) if "num_output_tokens" in found else 0,
-                context=_rows(result, "context_logits") if "context_logits" in found else None,
-            )
+        async with contextlib.aclosing(client.stream(model.served, arrays)) as results:
+            async for result in results:
+                found = {tensor.name for tensor in result.get_response().outputs}
+                last = "finish_reason" in found
+                ended = _text(result, "finish_reason") if last else None
+                if ended == "cancelled":
+                    break
+                yield Piece(
+                    text=_text(result, "text_output") if "text_output" in found else "",
+                    tokens=result.as_numpy("output_ids").reshape(-1).tolist() if "output_ids" in found else (),
+                    log_probs=result.as_numpy("output_log_probs").reshape(-1).tolist() if "output_log_probs" in found else (),
+                    top=_top(result) if "top_log_probs" in found else (),
+                    finish_reason=ended,
+                    stop_reason=_text(result, "stop_reason") or None if last else None,
+                    prompt_tokens=int(result.as_numpy("num_input_tokens").item()) if "num_input_tokens" in found else 0,
+                    completion_tokens=int(result.as_numpy("num_output_tokens").item()) if "num_output_tokens" in found else 0,
+                    context=_rows(result, "context_logits") if "context_logits" in found else None,
+                )
     except Refused as error:
         raise from_server(error) from error
     if ended not in ("stop", "length"):
@@ -195,11 +197,11 @@ def _bias(given: Mapping[str, float]) -> dict[str, NDArray[Any]]:
     except ValueError:
         raise ApiError("logit_bias: expected token ids as keys.", param="logit_bias") from None
     if (
-        len(ids) > 1024
+        len(ids) > MAX_BIASES
         or not all(0 <= token < 1 << 31 for token in ids)
         or not all(-100 <= value <= 100 for value in given.values())
     ):
-        raise ApiError("logit_bias: expected at most 1024 token ids with numbers from -100 to 100.", param="logit_bias")
+        raise ApiError(f"logit_bias: expected at most {MAX_BIASES} token ids with numbers from -100 to 100.", param="logit_bias")
     return {
         "logit_bias_ids": np.asarray([ids], np.int32),
         "logit_bias_values": np.asarray([list(given.values())], np.float32),

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
 
 from triton_repo.openai.errors import ApiError
 
 MAX_CHOICES = 128
 MAX_STOP = 64
 MAX_DEPTH = 100  # what is nested deeper, some library down the road cannot read
+MAX_VALUES = 1 << 20
+"""Of a body: numbers, texts, lists and objects. Reading them takes this process's time from all streams."""
+MAX_BIASES = 1024
+Item = TypeVar("Item")
+
+
+class _FirstError(FailFast):
+    """The first wrong entry is enough: an error for each of a million takes minutes and gigabytes."""
+
+    __hash__ = object.__hash__  # unions of types want it
+
+
+List = Annotated[list[Item], _FirstError()]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 IGNORED = {
     "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
@@ -53,6 +66,12 @@ REFUSED: dict[str, tuple[Any, str]] = {
 """What other servers do and this one does not: the value that asks for nothing, and what to do instead."""
 
 
+def _few_biases(given: Any) -> Any:
+    if isinstance(given, dict) and len(given) > MAX_BIASES:
+        raise ValueError(f"expected at most {MAX_BIASES} token ids")
+    return given
+
+
 class StreamOptions(BaseModel):
     """Of a streamed answer."""
 
@@ -67,7 +86,7 @@ class StructuredOutputs(BaseModel):
     model_config = ConfigDict(extra="forbid")
     json_: Any = Field(None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: List[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
 
@@ -87,8 +106,8 @@ class Request(BaseModel):
     top_p: Finite | None = Field(None, gt=0, le=1)
     presence_penalty: Finite | None = Field(None, ge=-100, le=100)
     frequency_penalty: Finite | None = Field(None, ge=-100, le=100)
-    logit_bias: dict[str, Finite] | None = None
-    stop: str | list[str] | None = None
+    logit_bias: Annotated[dict[str, Finite], BeforeValidator(_few_biases)] | None = None
+    stop: str | List[str] | None = None
     # As vLLM takes them.
     top_k: int | None = Field(None, ge=-1, lt=1 << 31)
     min_p: Finite | None = Field(None, ge=0, le=1)
@@ -96,13 +115,13 @@ class Request(BaseModel):
     min_tokens: int | None = Field(None, ge=0, lt=1 << 31)
     ignore_eos: bool = False
     skip_special_tokens: bool | None = None
-    stop_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    stop_token_ids: List[int] | None = None
+    bad_words: List[str] | None = None
     add_special_tokens: bool | None = None
     response_format: dict[str, Any] | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: List[str] | None = None
     guided_grammar: str | None = None
     structured_outputs: StructuredOutputs | None = None
 
@@ -120,7 +139,7 @@ class CompletionRequest(Request):
     """POST /v1/completions."""
 
     max_tokens: int | None = Field(None, ge=0, lt=1 << 31)
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | List[str] | List[int] | List[List[int]]
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -128,13 +147,13 @@ class CompletionRequest(Request):
 class ChatRequest(Request):
     """POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: List[dict[str, Any]] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, lt=1 << 31)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[dict[str, Any]] | None = None
+    tools: List[dict[str, Any]] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
-    documents: list[dict[str, Any]] | None = None
+    documents: List[dict[str, Any]] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
@@ -148,8 +167,12 @@ def parse(data: bytes) -> Any:
     except (ValueError, RecursionError) as error:
         raise ApiError(f"The body: expected JSON ({error})."[:200]) from None
     level: list[Any] = [found]
+    values = 0
     for _ in range(MAX_DEPTH):
         level = [each for value in level if isinstance(value, list | dict) for each in _members(value)]
+        values += len(level)
+        if values > MAX_VALUES:
+            raise ApiError(f"The body: expected at most {MAX_VALUES} values.", status=413)
         if not level:
             return found
     raise ApiError(f"The body: expected at most {MAX_DEPTH} levels of lists and objects.")

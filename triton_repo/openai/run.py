@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import ipaddress
 import os
 import subprocess
@@ -21,6 +20,9 @@ from triton_repo.openai.tags import Tags
 
 KEYS_VARIABLE = "NGPT_API_KEY"
 """Keys with commas between them; in the environment, because other users see a process's arguments."""
+
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
+"""Seconds between one failed start and the next, which double."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class Frontend:
     start_timeout: float = 60.0
     _process: subprocess.Popen[bytes] | None = None
     _leaving: threading.Event = field(default_factory=threading.Event)
+    _watcher: threading.Thread | None = None
 
     @property
     def base_url(self) -> str:
@@ -117,11 +120,14 @@ class Frontend:
             object.__setattr__(self.settings, "port", free_ports()[0])
         check_port(self.settings.port)
         self._start()
-        threading.Thread(target=self._watch, name="frontend-watch", daemon=True).start()
+        self._watcher = threading.Thread(target=self._watch, name="frontend-watch", daemon=True)
+        self._watcher.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._leaving.set()
+        if self._watcher is not None:
+            self._watcher.join()  # it may be starting one again
         process, self._process = self._process, None
         if process is not None and process.poll() is None:
             process.terminate()
@@ -142,18 +148,27 @@ class Frontend:
         self._process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
         )
-        deadline = time.monotonic() + self.start_timeout
-        while not http_ok(self.base_url.removesuffix("/v1") + "/metrics"):
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                self._process.kill()
-                raise ServerError("OpenAI's frontend did not start", remedy="see what it says above")
-            time.sleep(0.05)
+        try:
+            deadline = time.monotonic() + self.start_timeout
+            while not http_ok(self.base_url.removesuffix("/v1") + "/metrics"):
+                if self._process.poll() is not None or time.monotonic() > deadline or self._leaving.is_set():
+                    raise ServerError("OpenAI's frontend did not start", remedy="see what it says above")
+                time.sleep(0.05)
+        except BaseException:  # Ctrl-C, too
+            self._process.kill()
+            self._process.wait()
+            raise
 
     def _watch(self) -> None:
+        pause = FIRST_PAUSE
         while not self._leaving.wait(0.2):
             process = self._process
             if process is None or process.poll() is None:
                 continue
             self.say("OpenAI's frontend has died: starting again")
-            with contextlib.suppress(ServerError, http.client.HTTPException):
+            try:
                 self._start()
+                pause = FIRST_PAUSE
+            except ServerError:  # its port may be taken for a while
+                self._leaving.wait(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)

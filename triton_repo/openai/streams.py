@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import contextlib
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,19 +37,21 @@ class Usage:
         return {"prompt_tokens": self.prompt, "completion_tokens": self.completion, "total_tokens": total}
 
 
-async def merged(sources: Sequence[AsyncIterator[Piece]]) -> AsyncIterator[tuple[int, Piece]]:
+async def merged(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[tuple[int, Piece], None]:
     """The pieces of all, each with the place of its source, as they come. Left early, all are left; the first error ends all."""
     if len(sources) == 1:
-        async for piece in sources[0]:
-            yield 0, piece
+        async with contextlib.aclosing(sources[0]) as only:
+            async for piece in only:
+                yield 0, piece
         return
     # Bounded, so that a client that reads slowly slows its answers down and not this process's memory up.
     ready: asyncio.Queue[tuple[int, Piece | BaseException | None]] = asyncio.Queue(64)
 
-    async def read(index: int, source: AsyncIterator[Piece]) -> None:
+    async def read(index: int, source: AsyncGenerator[Piece, None]) -> None:
         try:
-            async for piece in source:
-                await ready.put((index, piece))
+            async with contextlib.aclosing(source):
+                async for piece in source:
+                    await ready.put((index, piece))
             await ready.put((index, None))
         except Exception as error:
             await ready.put((index, error))
