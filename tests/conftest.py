@@ -1,8 +1,15 @@
 """Fixtures shared by the whole suite: golden cases and, built once a session, the example's engine."""
 
+import contextlib
 import os
+import signal
 from pathlib import Path
 
+# A shell starts what runs in the background with these ignored, nohup too; the tests send them to programs of ours.
+for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    with contextlib.suppress(ValueError):  # not the main thread
+        if signal.getsignal(_number) == signal.SIG_IGN:
+            signal.signal(_number, _usual)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

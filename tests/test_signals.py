@@ -12,15 +12,6 @@ from scripts.cli import main
 from scripts.signals import Terminated, stopping
 from tests.conftest import GOLDEN, ROOT
 
-
-@pytest.fixture(autouse=True)
-def not_in_the_background():
-    """A shell starts what runs in the background with SIGINT ignored, which a command rightly leaves so."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 # Runs a command that stops for a minute where the function named first is called.
 WAITING = """
 import importlib, sys, time

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from engines.runtime.errors import ServingError
 from ngpt.errors import NGPTDeployError
 from scripts.commands.options import Command, positive
 from scripts.commands.partners import Local, Message, Partner, Piece, Remote, Served, template_of
@@ -111,6 +110,8 @@ def _converse(model: Partner, system: str | None) -> None:
 
 def _say(pieces: Iterator[Piece]) -> str:
     """Print an answer as it comes, its reasoning dimmed; what there is of it when Ctrl-C stops it."""
+    from engines.runtime.errors import ServingError  # not before: the package needs NumPy, and --help does not
+
     text, on_terminal, dimmed = "", sys.stdout.isatty(), False
     try:
         with contextlib.closing(pieces):  # type: ignore[type-var]

@@ -224,7 +224,7 @@ def test_ctrl_c_in_a_terminal_stops_the_answer_and_not_the_program(tiny_engine_f
         until(master, b"> ")
         os.write(master, b"hello\n")
         until(master, b"hello\r\n")
-        time.sleep(0.1)
+        os.read(master, 1)  # the answer has begun
         talk.send_signal(signal.SIGINT)
         until(master, b" [stopped]\r\n> ")
         time.sleep(0.3)  # Python's reading of a line notices a signal only once it waits
