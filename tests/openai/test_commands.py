@@ -155,7 +155,6 @@ def test_a_frontend_that_is_left_while_it_starts_again_leaves_no_process(package
         while not said:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-    time.sleep(0.3)
     left = [line for line in children(os.getpid()).values() if "openai" in line and port in line]
     assert said == ["OpenAI's frontend has died: starting again"] and not left
 

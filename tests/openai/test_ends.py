@@ -34,14 +34,22 @@ def test_an_end_that_is_a_stop_word_too_is_named(client):
         assert answer.choices[0].text == text and answer.choices[0].stop_reason == "</s>"
 
 
-def test_what_was_held_back_before_the_end_comes(client):
-    text, answer = ended(client, {"skip_special_tokens": False}, stop=[ended(client, {})[0][-1:] + "never</s>x"])
-    assert answer.choices[0].text == text
-
-
 def test_a_stop_token_is_not_in_the_text(client, front):
     ids = front.engine.generate([front.engine.tokenizer.encode(PROMPT)], 8, True)[0]
     place = next(at for at in range(2, 8) if ids[at] not in ids[:at])
     body = {"stop_token_ids": [ids[place]], "ignore_eos": True}
     choice = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=40, temperature=0, extra_body=body).choices[0]
     assert choice.text == front.engine.tokenizer.decode(ids[:place]) and choice.finish_reason == "stop"
+
+
+def test_what_stop_strings_hold_back_before_a_stop_token_comes_and_the_token_itself_does_not(client, front):
+    tokenizer = front.engine.tokenizer
+    ids = front.engine.generate([tokenizer.encode(PROMPT)], 12, True)[0]
+    place = next(at for at in range(3, 12) if ids[at] not in ids[:at] and tokenizer.decode(ids[:at])[-1].isprintable())
+    text, token = tokenizer.decode(ids[:place]), tokenizer.decode([ids[place]])
+    body = {"stop_token_ids": [ids[place]], "ignore_eos": True}
+    for stop in (text[-1] + "never", token + "never", text[-1] + token + "never"):
+        answer = client.completions.create(
+            model="tiny", prompt=PROMPT, max_tokens=40, temperature=0, stop=[stop], extra_body=body
+        )
+        assert (answer.choices[0].text, answer.choices[0].finish_reason) == (text, "stop"), stop
