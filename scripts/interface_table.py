@@ -5,17 +5,17 @@ python scripts/interface_table.py            # print
 python scripts/interface_table.py --write    # replace the part of docs/serving.md between its two markers
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from scripts.generated import print_or_write
 from triton_repo.interface import INPUTS, REFUSED, TENSORRT_LLM, Input, Tensor, honoured
 
 DOCUMENT = ROOT / "docs" / "serving.md"
-BEGIN, END = "<!-- begin: scripts/interface_table.py -->\n", "<!-- end -->\n"
+BEGIN = "<!-- begin: scripts/interface_table.py -->\n"
 HEAD = """| option | tokens name | text name | type | values | neutral | TensorRT-LLM's backend | what it asks for |
 |---|---|---|---|---|---|---|---|
 """
@@ -87,13 +87,7 @@ def _kind(row: Input) -> str:
 
 def main() -> None:
     """See the module's text."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--write", action="store_true", help="put the table into docs/serving.md")
-    if not options.parse_args().write:
-        print(table(), end="")
-        return
-    before, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
-    DOCUMENT.write_text(before + BEGIN + table() + END + rest.split(END)[1], encoding="utf-8")
+    print_or_write(__doc__, DOCUMENT, BEGIN, table())
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ python scripts/metrics_table.py            # print
 python scripts/metrics_table.py --write    # replace the part of docs/metrics.md between its two markers
 """
 
-import argparse
 import ast
 import re
 import sys
@@ -15,8 +14,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from scripts.generated import print_or_write
+
 DOCUMENT = ROOT / "docs" / "metrics.md"
-BEGIN, END = "<!-- begin: scripts/metrics_table.py -->\n", "<!-- end -->\n"
+BEGIN = "<!-- begin: scripts/metrics_table.py -->\n"
 HEAD = "| metric | type | labels | meaning |\n|---|---|---|---|\n"
 LABELS = ("model", "version", "model_instance")
 FRONTEND = "\nThose of [OpenAI's frontend](openai.md), on its own port and path `/metrics`:\n\n"
@@ -62,13 +63,7 @@ def _row(name: str, kind: str, labels: tuple[str, ...] | list[str], text: str) -
 
 def main() -> None:
     """See the module's text."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--write", action="store_true", help="put the tables into docs/metrics.md")
-    if not options.parse_args().write:
-        print(table(), end="")
-        return
-    before, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
-    DOCUMENT.write_text(before + BEGIN + table() + END + rest.split(END)[1], encoding="utf-8")
+    print_or_write(__doc__, DOCUMENT, BEGIN, table())
 
 
 if __name__ == "__main__":

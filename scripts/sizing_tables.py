@@ -5,7 +5,6 @@ python scripts/sizing_tables.py            # print
 python scripts/sizing_tables.py --write    # replace the part of docs/sizing.md between its two markers
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,9 +15,10 @@ from engines.capacity import plan_capacity, read_spec
 from engines.target import load_target, target_names
 from ngpt.errors import TargetError
 from ngpt.spec import NGPTSpec
+from scripts.generated import print_or_write
 
 DOCUMENT = ROOT / "docs" / "sizing.md"
-BEGIN, END = "<!-- begin: scripts/sizing_tables.py -->\n", "<!-- end -->\n"
+BEGIN = "<!-- begin: scripts/sizing_tables.py -->\n"
 CONCURRENCY, CONTEXT = 16, 8192
 LARGE = {
     "model_type": "ngpt",
@@ -68,13 +68,7 @@ def tables() -> str:
 
 def main() -> None:
     """See the module's text."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--write", action="store_true", help="put the tables into docs/sizing.md")
-    if not options.parse_args().write:
-        print(tables(), end="")
-        return
-    before, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
-    DOCUMENT.write_text(before + BEGIN + tables() + END + rest.split(END)[1], encoding="utf-8")
+    print_or_write(__doc__, DOCUMENT, BEGIN, tables())
 
 
 if __name__ == "__main__":

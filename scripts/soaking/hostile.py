@@ -80,6 +80,23 @@ def _quarters(
     }
 
 
+class _Notes:
+    """How requests ended, and the words of those without a type and of those that showed what they must not."""
+
+    def __init__(self) -> None:
+        self.endings = collections.Counter[str]()
+        self.untyped: set[str] = set()
+        self.leaks: set[str] = set()
+
+    def add(self, kind: str, status: str, text: str, typed: bool) -> None:
+        """One request, as `Note` has it."""
+        self.endings[f"{kind}: {status}"] += 1
+        if not typed:
+            self.untyped.add(f"{kind} {status}: {text[:200]}")
+        if LEAK.search(text):
+            self.leaks.add(f"{kind}: {text[:200]}")
+
+
 def openai(models: Path, *, requests: int) -> dict[str, object]:
     """The same against OpenAI's interface, before a server of its own: every answer is JSON, and every error has its form."""
     with TritonServer(models, start_timeout=120) as server, Frontend(Settings(models, server.grpc_url, port=0)) as frontend:
@@ -89,17 +106,11 @@ def openai(models: Path, *, requests: int) -> dict[str, object]:
 
 
 async def _many_of_openai(address: str, requests: int, seed: int) -> tuple[collections.Counter[str], set[str], set[str]]:
-    endings = collections.Counter[str]()
-    untyped: set[str] = set()
-    leaks: set[str] = set()
-    gate = asyncio.Semaphore(32)
+    notes, gate = _Notes(), asyncio.Semaphore(32)
 
     def note(kind: str, status: str, text: str, typed: bool) -> None:
-        endings[f"{kind}: {status}"] += 1
-        if not typed or (status != "200" and not text.startswith('{"error":{"message"') and status != "closed"):
-            untyped.add(f"{kind} {status}: {text[:200]}")
-        if LEAK.search(text):
-            leaks.add(f"{kind}: {text[:200]}")
+        form = status in ("200", "closed") or text.startswith('{"error":{"message"')
+        notes.add(kind, status, text, typed and form)
 
     async def one(number: int) -> None:
         pick = random.Random(seed * 1_000_003 + number)
@@ -107,7 +118,7 @@ async def _many_of_openai(address: str, requests: int, seed: int) -> tuple[colle
             try:
                 if number % 8 == 0:
                     await _raw(address, pick)
-                    endings["raw bytes"] += 1
+                    notes.endings["raw bytes"] += 1
                 else:
                     path = pick.choice(("chat/completions", "completions", "completions", "embeddings", "models", "nobody"))
                     await _http(address, f"/v1/{path}", openai_body(pick), note)
@@ -116,7 +127,7 @@ async def _many_of_openai(address: str, requests: int, seed: int) -> tuple[colle
 
     for first in range(0, requests, 1000):
         await asyncio.gather(*(one(number) for number in range(first, min(first + 1000, requests))))
-    return endings, untyped, leaks
+    return notes.endings, notes.untyped, notes.leaks
 
 
 def openai_body(pick: random.Random) -> bytes:
@@ -132,19 +143,10 @@ def openai_body(pick: random.Random) -> bytes:
 
 
 async def _many(server: TritonServer, requests: int, seed: int) -> tuple[collections.Counter[str], set[str], set[str]]:
-    endings = collections.Counter[str]()
-    untyped: set[str] = set()
-    leaks: set[str] = set()
     line = channel(server.grpc_url)
     stub = service_pb2_grpc.GRPCInferenceServiceStub(line)
-    gate = asyncio.Semaphore(32)
-
-    def note(kind: str, status: str, text: str, typed: bool) -> None:
-        endings[f"{kind}: {status}"] += 1
-        if not typed:
-            untyped.add(f"{kind} {status}: {text[:200]}")
-        if LEAK.search(text):
-            leaks.add(f"{kind}: {text[:200]}")
+    notes, gate = _Notes(), asyncio.Semaphore(32)
+    note = notes.add
 
     async def one(number: int) -> None:
         pick = random.Random(seed * 1_000_003 + number)
@@ -157,14 +159,14 @@ async def _many(server: TritonServer, requests: int, seed: int) -> tuple[collect
                     await _http(server.http_url, f"/v2/models/ensemble/{kind}", json_body(pick), note)
                 else:
                     await _raw(pick.choice((server.http_url, server.grpc_url, server.metrics_url)), pick)
-                    endings["raw bytes"] += 1
+                    notes.endings["raw bytes"] += 1
             except TimeoutError:
                 note("no answer", "hung", "", False)
 
     for first in range(0, requests, 1000):
         await asyncio.gather(*(one(number) for number in range(first, min(first + 1000, requests))))
     await line.close()
-    return endings, untyped, leaks
+    return notes.endings, notes.untyped, notes.leaks
 
 
 async def _grpc(stub: Any, pick: random.Random, note: Note) -> None:

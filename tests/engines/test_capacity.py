@@ -13,7 +13,8 @@ from export.trtllm.parallel import Parallel
 from ngpt.errors import ConfigError, TargetError, UnsupportedError
 from ngpt.spec import NGPTSpec
 from scripts.cli import main
-from scripts.sizing_tables import BEGIN, DOCUMENT, END, LARGE, tables
+from scripts.generated import END
+from scripts.sizing_tables import BEGIN, DOCUMENT, LARGE, tables
 from tests.conftest import GOLDEN
 
 SPEC_8B = read_spec(None)

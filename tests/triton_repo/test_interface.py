@@ -14,7 +14,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from engines.runtime import SamplingParams
-from scripts import interface_table
+from scripts import generated, interface_table
 from tests.conftest import ROOT
 from triton_repo import config_pbtxt, interface
 from triton_repo.client import RequestRefused, token_tensors
@@ -273,7 +273,7 @@ def test_our_own_engine_honours_every_row_but_those_of_the_pytorch_runtime_alone
 
 def test_the_guides_table_is_what_the_rows_say():
     text = interface_table.DOCUMENT.read_text(encoding="utf-8")
-    found = text.split(interface_table.BEGIN)[1].split(interface_table.END)[0]
+    found = text.split(interface_table.BEGIN)[1].split(generated.END)[0]
     assert found == interface_table.table(), "run: python scripts/interface_table.py --write"
 
 
