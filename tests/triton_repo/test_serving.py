@@ -316,3 +316,42 @@ def test_metrics_count_tokens(served):
     generate_tokens(served.url, [1, 5], max_tokens=17, **NO_END)
     now = served.wait_for(lambda values: values["ngpt_generated_tokens"] >= before + 17)
     assert now["ngpt_generated_tokens"] == before + 17 and now["ngpt_slots"] == SLOTS
+
+
+# --- what came with the one model
+
+
+def asked(served, **tensors):
+    """Text of a request whose inputs are named one by one."""
+    made = {"text_input": np.asarray([[PROMPT.encode()]], object), "exclude_input_in_output": np.asarray([[True]])}
+    (result,) = responses(served.url, "ensemble", made | {name: np.asarray([[value]]) for name, value in tensors.items()})
+    return result
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "neutral"),
+    [("n", np.int32(3), np.int32(1)), ("best_of", np.int32(2), np.int32(1)), ("lora_task_id", np.uint64(5), None),
+     ("use_beam_search", np.bool_(True), np.bool_(False)), ("no_repeat_ngram_size", np.int32(2), np.int32(0))],
+)  # fmt: skip
+def test_what_other_servers_know_is_refused_by_name_over_http_too(served, name, value, neutral):
+    with pytest.raises(RequestRefused, match=f"^{name}: expected"):
+        asked(served, max_tokens=np.int32(4), **{name: value})
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        post(served, "ensemble/generate", {"text_input": PROMPT, "max_tokens": 4, name: value.item()})
+    assert refused.value.code == 400 and f"{name}: expected".encode() in refused.value.read()
+    if neutral is not None:
+        expected = served.engine.generate_text(PROMPT, 4)
+        assert asked(served, max_tokens=np.int32(4), **{name: neutral}).as_numpy("text_output").item().decode() == expected
+
+
+def test_older_names_no_length_ids_and_the_end(served):
+    result = asked(served, max_new_tokens=np.int32(9), random_seed=np.uint64(7), temperature=np.float32(1.5), ignore_eos=np.bool_(True),
+                   return_output_ids=np.bool_(True), return_finish_reason=np.bool_(True))  # fmt: skip
+    prompt = served.engine.tokenizer.encode(PROMPT)
+    tokens = served.engine.generate([prompt], 9, True, temperature=1.5, seed=7)[0]
+    assert result.as_numpy("output_ids").reshape(-1).tolist() == tokens and result.as_numpy("sequence_length").item() == 9
+    assert result.as_numpy("finish_reason").item() == b"length"
+    whole = asked(served, ignore_eos=np.bool_(True), return_num_output_tokens=np.bool_(True))
+    assert whole.as_numpy("num_output_tokens").item() == served.engine.manifest.model.max_length - len(prompt)
+    bare = asked(served, max_tokens=np.int32(4), add_special_tokens=np.bool_(False), return_num_input_tokens=np.bool_(True))
+    assert bare.as_numpy("num_input_tokens").item() == len(served.engine.tokenizer.encode(PROMPT, add_special_tokens=False))
