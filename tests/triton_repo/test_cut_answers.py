@@ -9,6 +9,7 @@ import importlib
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from engines.runtime import CapacityError, RequestError, TextStream, TokenEvent, Tokenizer
@@ -152,3 +153,22 @@ def test_a_request_that_was_given_up_before_it_was_submitted_is_cancelled(templa
     running.give_up()
     running.work_on(handle)
     assert handle.cancelled == ["cancelled"]
+
+
+@pytest.mark.parametrize("package", [True, False])
+@pytest.mark.parametrize("asked", [True, False, None])
+def test_the_bos_is_added_as_the_request_says_or_else_as_the_package_does(template, package, asked):
+    """With a tokenizer that has one; the example's has none."""
+    module, read = template("engine.model"), []
+    model = module.TritonPythonModel()
+    model.tokenizer, model.special_tokens, model.exclude_input = TOKENIZER, package, False
+    model.model = SimpleNamespace(vocab_size=1000, max_length=100, eos_token_ids=())
+    submit = lambda prompt, **sampling: read.append(prompt) or Handle([], "length")  # noqa: E731
+    model.engine = SimpleNamespace(manifest=SimpleNamespace(generation={}), submit=submit)
+    inputs = {"text_input": np.asarray([[b"def f"]], object)} | (
+        {} if asked is None else {"add_special_tokens": np.asarray([[asked]])}
+    )
+    model._submit(module.Request(Sender(), inputs, {"text_output"}))
+    wanted = package if asked is None else asked
+    plain = TOKENIZER.encode("def f", add_special_tokens=False)
+    assert read == [[0, *plain] if wanted else plain] and TOKENIZER.encode("def f")[0] == 0
