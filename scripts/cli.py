@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from engines.target import load_targets
 from ngpt import __version__
-from scripts.commands import building, chatting, inspecting, planning, serving, talking
+from scripts.commands import building, chatting, inspecting, planning, serving, talking, verifying
 from scripts.commands.options import Help, Parser, Run
 from scripts.signals import stopping
 from scripts.terminal import NAME, fail, finish_output, prepared, stopped
@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     targets = load_targets()
     building.add_build(command, targets)
     planning.add_plan(command, targets)
-    building.add_verify(command)
+    verifying.add_verify(command)
     serving.add_package(command)
     serving.add_serve(command)
     talking.add_openai(command)

@@ -7,7 +7,7 @@ by its square root), so that one multiple means the same everywhere. Why these m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,18 +24,34 @@ _ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfl
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison. ``passed`` is ``measured <= limit`` (False for NaN); ``noise`` and ``limit`` in the same unit."""
+    """One comparison; ``measured``, ``noise`` and ``limit`` in the same unit.
+
+    ``sample``: how many things (positions, matrices, runs) it was decided on. Nothing is decided on none.
+    """
 
     name: str
     measured: float
     noise: float
     limit: float
     unit: str
+    sample: int
+
+    @property
+    def outcome(self) -> str:
+        """ "pass", "fail" (NaN is one) or, without a sample, "not applicable"."""
+        if self.sample < 1:
+            return "not applicable"
+        return "pass" if self.measured <= self.limit else "fail"
 
     @property
     def passed(self) -> bool:
-        """Whether the measured value is within the limit."""
-        return bool(self.measured <= self.limit)
+        """Whether it was decided, and the measured value is within the limit."""
+        return self.outcome == "pass"
+
+    @property
+    def failed(self) -> bool:
+        """Whether it was decided, and the measured value is not within the limit."""
+        return self.outcome == "fail"
 
 
 @dataclass(frozen=True)
@@ -59,16 +75,17 @@ class Loss:
     def check(self) -> Check:
         """The mean over all positions of sqrt(KL), which is linear in the error of the weights."""
         cost, expected = (float(np.sqrt(np.concatenate([d.kl for d in ds])).mean()) for ds in (self.quantized, self.perturbed))
-        return Check("quantisation loss: sqrt(KL), mean", cost, expected, LOSS_MULTIPLE * expected, "sqrt(nat)")
+        positions = sum(len(d.kl) for d in self.quantized)
+        return Check("quantisation loss: sqrt(KL), mean", cost, expected, LOSS_MULTIPLE * expected, "sqrt(nat)", positions)
 
 
 def checks(measured: Measured, audit: WeightAudit | None = None, loss: Loss | None = None) -> list[Check]:
-    """Every check of the gate. The verdict is "pass" iff all of them pass."""
+    """Every check of the gate. The verdict is "pass" iff some pass and none fails."""
     found = []
     # A precision in which PyTorch itself overflows gives no yardstick: that must not look like the engine's fault.
     for what, distances in (("every output", measured.engine), ("the noise, PyTorch in this precision,", measured.noise)):
         finite = all(d.finite for d in distances)
-        found.append(Check(f"{what} is finite", 0.0 if finite else 1.0, 0.0, 0.0, ""))
+        found.append(Check(f"{what} is finite", 0.0 if finite else 1.0, 0.0, 0.0, "", len(distances)))
     # No result can be closer than the rounding of the engine's own output: the floor below any noise.
     roundoff = _ROUNDOFF[measured.precision]
     for phase in ("prefill", "decode"):
@@ -81,9 +98,9 @@ def checks(measured: Measured, audit: WeightAudit | None = None, loss: Loss | No
     for tap in tap_names(measured.engine):
         found += _pair(f"angle at {tap}", measured, None, lambda d, tap=tap: d.angles[tap], roundoff, "rad")  # type: ignore[misc]
     if audit is not None:
-        found.append(Check(f"quantised weights, worst ({audit.worst_name})", audit.worst_step, 0.5, 1.01, "step"))
-        found.append(Check("quantised weights, rms", audit.worst_rms, 0.29, 0.5, "step"))
-        found.append(Check("some weights are quantised", 0.0 if audit.matrices else 1.0, 0.0, 0.0, ""))
+        found.append(Check(f"quantised weights, worst ({audit.worst_name})", audit.worst_step, 0.5, 1.01, "step", audit.matrices))
+        found.append(Check("quantised weights, rms", audit.worst_rms, 0.29, 0.5, "step", audit.matrices))
+        found.append(Check("some weights are quantised", 0.0 if audit.matrices else 1.0, 0.0, 0.0, "", 1))
     if loss is not None:
         found.append(loss.check())
     return found
@@ -124,10 +141,12 @@ def _pair(
         return np.concatenate(pieces)
 
     ours, noise = gather(measured.engine), gather(measured.noise)
+    if not len(ours):
+        return [Check(f"{name}, {which}", 0.0, 0.0, 0.0, unit, 0) for which in ("mean", "worst position")]
     mean, worst = max(float(noise.mean()), floor), max(float(noise.max()), floor)
     return [
-        Check(f"{name}, mean", float(ours.mean()), float(noise.mean()), MEAN_MULTIPLE * mean, unit),
-        Check(f"{name}, worst position", float(ours.max()), float(noise.max()), WORST_MULTIPLE * worst, unit),
+        Check(f"{name}, mean", float(ours.mean()), float(noise.mean()), MEAN_MULTIPLE * mean, unit, len(ours)),
+        Check(f"{name}, worst position", float(ours.max()), float(noise.max()), WORST_MULTIPLE * worst, unit, len(ours)),
     ]
 
 
@@ -145,5 +164,12 @@ def stable_positions(measured: Measured) -> list[np.ndarray[tuple[int], np.dtype
 
 
 def _top1(measured: Measured) -> Check:
-    wrong = sum(int((~d.top1[stable]).sum()) for d, stable in zip(measured.engine, stable_positions(measured), strict=True))
-    return Check("first choice differs where the margin is stable", float(wrong), 0.0, 0.0, "positions")
+    stable = stable_positions(measured)
+    wrong = sum(int((~d.top1[kept]).sum()) for d, kept in zip(measured.engine, stable, strict=True))
+    decided = sum(int(kept.sum()) for kept in stable)
+    return Check("first choice differs where the margin is stable", float(wrong), 0.0, 0.0, "positions", decided)
+
+
+def verdict_of(found: Sequence[Check]) -> str:
+    """ "pass" iff some check passed and none failed."""
+    return "pass" if any(check.passed for check in found) and not any(check.failed for check in found) else "fail"

@@ -58,8 +58,8 @@ class ParityReport:
 
     @property
     def failures(self) -> list[Check]:
-        """The checks that did not pass."""
-        return [check for check in self.checks if not check.passed]
+        """The checks that were decided and did not pass."""
+        return [check for check in self.checks if check.failed]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; numbers that JSON cannot hold (NaN, infinity) become strings."""
@@ -68,7 +68,9 @@ class ParityReport:
                 "schema_version": SCHEMA_VERSION,
                 "verdict": self.verdict,
                 "summary": self.summary,
-                "checks": [dataclasses.asdict(check) | {"passed": check.passed} for check in self.checks],
+                "checks": [
+                    dataclasses.asdict(check) | {"outcome": check.outcome, "passed": check.passed} for check in self.checks
+                ],
                 "sequences": [dataclasses.asdict(sequence) for sequence in self.sequences],
             }
         )

@@ -21,6 +21,7 @@ from engines.parity.gate import (
     stable_margin,
     stable_positions,
     tap_names,
+    verdict_of,
 )
 from engines.parity.outputs import Outputs
 from engines.parity.prompts import TokenSequence, make_sequences
@@ -232,7 +233,7 @@ class _Work:
             random = [distance(a, b, s.tokens) for a, b, s in zip(original, perturbed, sequences, strict=True)]
             loss = Loss(lost, random)
         found = checks(measured, audit, loss)
-        verdict = "pass" if all(check.passed for check in found) else "fail"
+        verdict = verdict_of(found)
         summary: dict[str, Any] = {
             "verdict": verdict,
             "engine": name,
@@ -256,7 +257,9 @@ class _Work:
             "first_divergence": _first_divergence(found),
             "taps": len(tap_names(ours)),
             "gate": {"mean": MEAN_MULTIPLE, "worst position": WORST_MULTIPLE, "quantisation loss": LOSS_MULTIPLE},
-            "failed_checks": [check.name for check in found if not check.passed],
+            "decided": f"{sum(check.sample > 0 for check in found)} of {len(found)} checks",
+            "not_applicable": [check.name for check in found if not check.sample],
+            "failed_checks": [check.name for check in found if check.failed],
         }
         if self.quantization is not None:
             summary["quantization"] = self.quantization.describe()
@@ -308,7 +311,7 @@ def _loss(sequences: list[TokenSequence], distances: list[Distance]) -> dict[str
 
 def _first_divergence(found: Sequence[Any]) -> str | None:
     """The first tap whose angle leaves its limit: where to start looking."""
-    bad = next((check for check in found if check.name.startswith("angle at ") and not check.passed), None)
+    bad = next((check for check in found if check.name.startswith("angle at ") and check.failed), None)
     return None if bad is None else bad.name.removeprefix("angle at ").split(",")[0]
 
 

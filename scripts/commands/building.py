@@ -1,4 +1,4 @@
-"""build, verify, convert, bench: what reads the weights, and so needs torch."""
+"""build, convert, bench: what reads the weights, and so needs torch."""
 
 import argparse
 import json
@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from engines.target import AUTO, DEFAULT, Target, with_kv_cache
-from ngpt.errors import BuildError, ParityFailedError
 from scripts.commands.options import Bar, Command, add_text, positive
+from scripts.commands.verifying import conclude
 from scripts.terminal import plain
 
 OFF_SPHERE = "take a checkpoint as it is whose rows are far from unit norm; a deviation of up to 0.5 %% is taken with a warning"
@@ -41,22 +41,6 @@ def add_build(command: Command, targets: list[Target]) -> None:
         action="store_true",
         help="say what would be done and how much memory the engine would take, and write nothing",
     )
-
-
-def add_verify(command: Command) -> None:
-    """`ngpt-deploy verify`."""
-    verify = command("verify", _verify, "Compare an engine with PyTorch on its checkpoint and write the report.")
-    verify.add_argument("engine", type=Path, help="engine folder; its files are held against its manifest first")
-    verify.add_argument("--checkpoint", required=True, help="the checkpoint that the engine was built from")
-    verify.add_argument(
-        "--decode-steps",
-        type=positive,
-        help="teacher-forced decode steps per prompt; 64, or half the model's length, if not given",
-    )
-    verify.add_argument(
-        "--report", type=Path, help="folder for parity.json and parity.html; a new one beside the engine if not given"
-    )
-    verify.add_argument("--json", action="store_true", help="print JSON alone: the verdict and its numbers")
 
 
 def add_convert(command: Command) -> None:
@@ -114,7 +98,7 @@ def _build(args: argparse.Namespace) -> int:
         note = manifest["target"]["note"]
         print(f"parity   not verified{f': {plain(note)}' if note else ''}")
     else:
-        _conclude(folder, parity["verdict"], folder / parity["html"])
+        conclude(folder, parity["verdict"], folder / parity["html"])
     return 0
 
 
@@ -125,54 +109,6 @@ def _dry_run(args: argparse.Namespace) -> int:
     target = with_kv_cache(choose_target(args.target, args.precision), args.kv_cache)
     print(dry_run(args.checkpoint, target, Path(args.output), Parallel(args.tp, args.pp), **_opening(args)))
     return 0
-
-
-def _verify(args: argparse.Namespace) -> int:
-    from engines.build import verify_folder
-    from engines.runtime.manifest import read_manifest, verify_files
-    from ngpt.checkpoint import open_checkpoint
-
-    engine = args.engine.absolute()  # a name of its own, too, where "." was given
-    verify_files(engine, read_manifest(engine))
-    beside = engine.with_name(engine.name + "-parity")
-    report = args.report or beside
-    if report.exists() and report.samefile(engine):
-        raise BuildError(
-            "--report is the engine's own folder, whose report is part of it",
-            expected="another folder",
-            found=str(report),
-            remedy=f"leave --report out: it is then {beside}",
-        )
-    # The text of the comparison is the engine's own: it may have been built with another tokenizer than the checkpoint's.
-    own = engine if (engine / "tokenizer.json").is_file() else None
-    with open_checkpoint(args.checkpoint, tokenizer=own) as checkpoint:
-        with Bar() as bar:
-            summary = verify_folder(engine, checkpoint, decode_steps=args.decode_steps, report=report, progress=bar)
-    if args.json:
-        print(json.dumps(summary, indent=2))
-    else:
-        for name, value in summary.items():
-            if name not in ("verdict", "report", "html"):
-                print(f"{name:<28} {_shown(value)}")
-    _conclude(args.engine, summary["verdict"], report / summary["html"], quiet=args.json)
-    return 0
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else plain(value, 200)
-
-
-def _conclude(engine: Path, verdict: str, page: Path, *, quiet: bool = False) -> None:
-    """Print the verdict; raise ParityFailedError for any but a pass."""
-    if not quiet:
-        print(f"parity   {verdict}  (report: {page})")
-    if verdict != "pass":
-        raise ParityFailedError(
-            f"{engine} does not agree with PyTorch",
-            expected="verdict pass",
-            found=verdict,
-            remedy=f"open {page} to see where they part ways",
-        )
 
 
 def _convert(args: argparse.Namespace) -> int:

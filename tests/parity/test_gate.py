@@ -246,7 +246,7 @@ def test_report_files(tmp_path):
 
 def test_the_page_escapes_every_name_that_came_from_outside():
     bad = "<script>alert('x')</script>"
-    check = Check(bad, measured=2.0, noise=1.0, limit=1.0, unit=bad)
+    check = Check(bad, measured=2.0, noise=1.0, limit=1.0, unit=bad, sample=1)
     sequence = SequenceResult(bad, 1, *([[1.0, 2.0]] * 5), 0.5, [1], {}, {})
     report = ParityReport("fail", {"engine": bad, bad: {bad: bad}}, [check], [sequence])
     page = report.to_html()
