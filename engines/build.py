@@ -1,9 +1,9 @@
-"""From a checkpoint to an engine folder: open, check, write, record, verify. The folder appears whole or not at all."""
+"""From a checkpoint to an engine folder: open, check, write, record, verify. The folder appears whole or not at all, and its
+verdict after it, whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from engines.backends import Job, backend_of
 from engines.device import detect, target_for
 from engines.memory import memory
-from engines.record import REPORT_FILES, add_note, add_verdict, record, recorded_precision
+from engines.record import NOT_RUN, add_note, record, record_verdict
 from engines.runtime.errors import ServingError
 from engines.runtime.manifest import read_manifest
 from engines.runtimes import runtime_of
@@ -20,7 +20,7 @@ from export.trtllm.parallel import Parallel
 from ngpt.atomic_folder import check_free, new_folder
 from ngpt.checkpoint import Checkpoint, open_checkpoint
 from ngpt.checkpoint.base import OffSphere
-from ngpt.errors import BuildError, TargetError, os_trouble
+from ngpt.errors import BuildError, NGPTDeployError, TargetError
 from ngpt.progress import Progress, part_of, silent
 from ngpt.text_files import End
 
@@ -45,10 +45,10 @@ def build_engine(
 ) -> Path:
     """Build the engine of a checkpoint for a target; returns the folder.
 
-    An engine that fails parity is still written, with the verdict in its manifest: the report says where it parts ways. It
-    is verified where it can run on this machine. For a TensorRT-LLM target the folder holds a converted checkpoint and the
-    command that builds it, and an engine with a manifest where `trtllm-build` is installed. What is unusual about a
-    checkpoint is logged as a warning, and recorded.
+    The folder appears with an engine that is not verified; where it can run on this machine it is verified then, and the
+    verdict added. An engine that fails parity stays, with its verdict: the report says where it parts ways. For a TensorRT-LLM
+    target the folder holds a converted checkpoint and the command that builds it, and an engine with a manifest where
+    `trtllm-build` is installed. What is unusual about a checkpoint is logged as a warning, and recorded.
 
     Args:
         checkpoint: a Hugging Face folder, or the research code's ckpt.pt.
@@ -71,7 +71,7 @@ def build_engine(
         TargetError: an unknown target, or a card that the model does not fit.
         UnsupportedError: sizes that cannot be divided, or that the runtime lacks.
         OutputExistsError: ``output`` exists. MissingPackageError: a runtime is not installed.
-        BuildError: disk full, output not writable, refused by the runtime's builder.
+        BuildError: disk full, output not writable, refused by the runtime's builder; or built, and not to be verified.
     """
     engine = engine_name(name, checkpoint)  # refused before anything is read
     chosen, parallel = with_kv_cache(choose_target(target, precision), kv_cache), Parallel(tp, pp)
@@ -87,20 +87,36 @@ def build_engine(
         with new_folder(folder, needed=backend.estimate(job.spec, chosen, parallel)) as work:
             written = backend.write(job, work, part_of(progress, 0.2, 0.7))
             opened.text.copy_to(work)
-            if written.graph is not None:
-                manifest = record(work, job, written, engine, tools)
-                if verify and runs_here(chosen):
-                    try:
-                        parity = verify_folder(work, opened, scratch=work.parent, progress=part_of(progress, 0.75, 1.0))
-                        add_verdict(work, manifest, parity)
-                    except ServingError as error:
-                        if chosen.gpu is None:
-                            raise
-                        # Minutes of building are not thrown away because the card is busy or a driver is old: the engine
-                        # says that it is unverified and why, and the packager refuses it.
-                        add_note(work, manifest, f"could not be run here: {error}")
-            progress("done", 1.0)
+            engine_made = written.graph is not None
+            if engine_made:
+                record(work, job, written, engine, tools)
+        # The engine is published before it is verified: no trouble of the check throws away what was built.
+        if engine_made and verify and runs_here(chosen):
+            _verify_built(folder, opened, chosen, part_of(progress, 0.75, 1.0))
+        progress("done", 1.0)
     return folder
+
+
+def _verify_built(folder: Path, checkpoint: Checkpoint, target: Target, progress: Progress) -> None:
+    from engines.parity.verify import verify
+
+    try:
+        record_verdict(folder, verify(folder, checkpoint, progress=progress))
+    except ServingError as error:
+        if target.gpu is None:
+            raise _unverified(folder, error) from error
+        # The card may be busy or its driver old: the engine says that it is unverified and why, and the packager refuses it.
+        add_note(folder, read_manifest(folder), f"{NOT_RUN}: {error}")
+    except (NGPTDeployError, MemoryError) as error:
+        raise _unverified(folder, error) from error
+
+
+def _unverified(folder: Path, error: BaseException) -> BuildError:
+    return BuildError(
+        f"{folder} is built, but could not be verified",
+        found=str(error) or type(error).__name__,
+        remedy=f"verify it with: ngpt-deploy verify {folder} --checkpoint DIR (build --no-verify leaves it out)",
+    )
 
 
 def dry_run(checkpoint: str | Path, target: Target, output: Path, parallel: Parallel, **opening: Any) -> str:
@@ -149,49 +165,6 @@ def runs_here(target: Target) -> bool:
         return target.executed
     device = detect()
     return device is not None and device.compute_capability == target.gpu.compute_capability
-
-
-def verify_folder(
-    folder: Path,
-    checkpoint: Checkpoint,
-    *,
-    decode_steps: int | None = None,
-    report: Path | None = None,
-    scratch: Path | None = None,
-    progress: Progress = silent,
-) -> dict[str, Any]:
-    """Parity of the engine in `folder` with its checkpoint: writes parity.json and parity.html to `report` (default: the
-    engine's folder) and returns the summary with the verdict. `scratch`: where a second graph as large as the first may lie
-    meanwhile. Raises BuildError before anything is run where the report cannot be written."""
-    from engines.parity.verify import PARITY_SLOTS, verify
-    from engines.runtime.compatibility import slots_for
-    from engines.runtime.engine import open_runner
-
-    manifest = read_manifest(folder)
-    if report is not None:
-        try:
-            report.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            found, remedy = os_trouble(error)
-            raise BuildError(f"the report cannot be written to {report}", found=found, remedy=remedy) from error
-    precision = recorded_precision(manifest)
-    runner = open_runner(folder, manifest, slots_for(manifest, PARITY_SLOTS))
-    try:
-        with tempfile.TemporaryDirectory(dir=scratch) as graphs:
-            result = verify(
-                runner,
-                checkpoint,
-                precision=precision,
-                decode_steps=decode_steps,
-                name=f"{manifest.name}, {manifest.target.name}",
-                taps=backend_of(manifest.target.runtime).taps(manifest, precision, checkpoint, Path(graphs)),
-                progress=progress,
-            )
-    finally:
-        runner.release()
-    result.write(report or folder)
-    data, page = REPORT_FILES
-    return {"verdict": result.verdict, "report": data, "html": page, **result.summary}
 
 
 def engine_name(name: str | None, checkpoint: str | Path) -> str:

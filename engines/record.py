@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from engines.backends.protocol import Job, Written
 from engines.runtime.errors import EngineFileError
@@ -19,35 +21,84 @@ from engines.runtime.manifest import (
     ModelInfo,
     TargetInfo,
     describe_file,
+    read_manifest,
     write_manifest,
 )
 from engines.runtimes import precision_of
 from export.precision import Format, Precision
 from ngpt.errors import NGPTDeployError
 
+if TYPE_CHECKING:
+    from engines.parity.report import ParityReport
+
 _PACKAGES = ("ngpt-deploy", "torch", "transformers", "numpy")
-REPORT_FILES = ("parity.json", "parity.html")
 _MAX_NOTE = 2000
+NOT_RUN = "could not be run here"
+"""How the note begins that a build leaves where its engine could not be verified."""
 # Beside the packages ngpt and export, what decides what an engine computes.
 _BUILDERS = ("build.py", "backends/*.py")
 
 
 def record(folder: Path, job: Job, written: Written, name: str, tools: Mapping[str, str]) -> Manifest:
     """Write the manifest of the engine in `folder`, every file of which is hashed, and return it."""
-    manifest = _described(job, written, name, tools, _files(folder, {}))
+    manifest = _described(job, written, name, tools, _files(folder))
     write_manifest(folder, manifest)
     return manifest
 
 
-def add_verdict(folder: Path, manifest: Manifest, parity: Mapping[str, Any]) -> Manifest:
-    """The manifest with a verdict and the files of its report, which alone are hashed; written."""
-    engine = {name: entry for name, entry in manifest.files.items() if name not in REPORT_FILES}
-    return _rewritten(folder, dataclasses.replace(manifest, parity=parity, files=engine))
+def record_verdict(folder: Path, report: ParityReport) -> Manifest:
+    """Put a verdict and its report into an engine's folder, and return the manifest that says so. Killed at any moment, the
+    folder is left with the old verdict, without one, or with the new one, and whole.
+
+    Raises EngineFileError where the report is about other files than the folder's, BuildError where nothing can be written.
+    """
+    from engines.runtime.verdict import REPORT_FILES, check_subject
+
+    with _alone(folder):
+        manifest = read_manifest(folder)
+        check_subject(report.subject or {}, manifest)
+        files = {name: entry for name, entry in manifest.files.items() if name not in REPORT_FILES}
+        if manifest.parity is not None or files.keys() != manifest.files.keys():
+            # The manifest must never name a report that is being replaced.
+            write_manifest(folder, dataclasses.replace(manifest, parity=None, files=files))
+        data, page = report.write(folder)
+        described = {path.name: describe_file(path) for path in (data, page)}
+        target = manifest.target
+        if target.note.startswith(NOT_RUN):
+            target = dataclasses.replace(target, note="")
+        parity = {
+            "verdict": report.verdict,
+            "report": data.name,
+            "html": page.name,
+            "report_sha256": described[data.name].sha256,
+            "subject": report.subject,
+            **report.headlines(),
+        }
+        manifest = dataclasses.replace(manifest, parity=parity, files={**files, **described}, target=target)
+        write_manifest(folder, manifest)
+        return manifest
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Nobody else records a verdict meanwhile; whoever waits comes next."""
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(ImportError, OSError):  # no locks on this system, or on this file system
+            import fcntl
+
+            handle = os.open(folder, os.O_RDONLY)
+            held.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        for left in folder.glob(f".{MANIFEST_NAME}.*"):
+            left.unlink(missing_ok=True)  # of a process that was killed as it wrote
+        yield
 
 
 def add_note(folder: Path, manifest: Manifest, note: str) -> Manifest:
     """The manifest with a note on the target, written."""
-    return _rewritten(folder, dataclasses.replace(manifest, target=dataclasses.replace(manifest.target, note=note[:_MAX_NOTE])))
+    manifest = dataclasses.replace(manifest, target=dataclasses.replace(manifest.target, note=note[:_MAX_NOTE]))
+    write_manifest(folder, manifest)
+    return manifest
 
 
 def recorded_precision(manifest: Manifest) -> Precision:
@@ -121,19 +172,13 @@ def _described(job: Job, written: Written, name: str, tools: Mapping[str, str], 
     )
 
 
-def _rewritten(folder: Path, manifest: Manifest) -> Manifest:
-    manifest = dataclasses.replace(manifest, files=_files(folder, manifest.files))
-    write_manifest(folder, manifest)
-    return manifest
-
-
-def _files(folder: Path, known: Mapping[str, FileEntry]) -> dict[str, FileEntry]:
-    """Size and SHA-256 of every file but the manifest; those that are known are not read again."""
+def _files(folder: Path) -> dict[str, FileEntry]:
+    """Size and SHA-256 of every file but the manifest."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != MANIFEST_NAME:
-            found[name] = known[name] if name in known else describe_file(path)
+            found[name] = describe_file(path)
     return found
 
 

@@ -3,7 +3,7 @@
 Beside OUTPUT lies, while it is written, a hidden working folder `.OUTPUT.<random>.ngpt-partial`:
 
     owner      held with flock by the process that writes; the kernel lets it go when that process ends, however it ends
-    folder/    becomes OUTPUT by one rename
+    folder/    becomes OUTPUT by one rename, or is scratch that never does
     ...        scratch of whoever writes, which goes when the rest goes
 
 Whoever makes a folder next in the same place removes those whose `owner` nobody holds. A process id would not do: it
@@ -19,6 +19,7 @@ import secrets
 import shutil
 import socket
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,6 +91,29 @@ def new_folder(
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+@contextmanager
+def scratch_folder(beside: Path) -> Iterator[Path]:
+    """A folder for large files that goes at the end, beside `beside` and so on its disk: what a killed process left of one is
+    swept as above. The system's folder for such things is taken where nothing can be written there."""
+    lock: int | None = None
+    work: Path | None = None
+    try:
+        with contextlib.suppress(OSError):
+            sweep(beside.parent)
+            work, lock = _claim(beside)
+            (work / _FOLDER).mkdir()
+        if work is None:
+            with tempfile.TemporaryDirectory(prefix="ngpt-") as folder:
+                yield Path(folder)
+        else:
+            yield work / _FOLDER
+    finally:
+        if work is not None:
+            _remove(work)
+        if lock is not None:
+            os.close(lock)
 
 
 def check_free(output: Path, *, into_empty: bool = False, kind: type[NGPTDeployError] = BuildError) -> None:

@@ -174,19 +174,25 @@ class NGPTAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """[B, T, E] -> ([B, T, E], attention weights [B, H, T, S] where the implementation returns them)."""
-        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q, k, v = (p(hidden_states).view(heads).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        sqk = wide(self.sqk(hidden_states.new_ones(1))) * self.sqk_scale
-        # The square stands on q alone: with grouped queries several query heads share one key head.
-        q = unit_norm(self.rotate(wide(q), *position_embeddings)) * sqk.square().view(1, -1, 1, self.head_dim)
-        k = unit_norm(self.rotate(wide(k), *position_embeddings))
-        q, k = q.to(v.dtype), k.to(v.dtype)
+        q, k, v = self.queries_keys_values(hidden_states, position_embeddings)
         if (past := one_cache(past_key_values, cache)) is not None:
             k, v = past.update(k, v, self.layer_idx)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+
+    def queries_keys_values(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, T, E] -> q [B, H, T, D] and k [B, K, T, D], rotated, of unit norm, q times sqk**2; v [B, K, T, D]."""
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k, v = (p(hidden_states).view(heads).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        sqk = wide(self.sqk(hidden_states.new_ones(1))) * self.sqk_scale
+        # The square stands on q alone: with grouped queries several query heads share one key head.
+        q = unit_norm(self.rotate(wide(q), *position_embeddings)) * sqk.square().view(1, -1, 1, self.head_dim)
+        k = unit_norm(self.rotate(wide(k), *position_embeddings))
+        return q.to(v.dtype), k.to(v.dtype), v
 
 
 class NGPTMLP(nn.Module):

@@ -25,29 +25,20 @@ MULTIPLE = 4.0
 def reference(args: argparse.Namespace) -> int:
     """Write tokens, float32 logits, and the logits PyTorch computes in the engine's type."""
     from engines.parity.prompts import make_sequences
-    from engines.parity.reference import TorchReference, loadable_folder
+    from engines.parity.reference import Variant, run_reference
     from export.precision import TENSORRT_LLM
     from ngpt.checkpoint import open_checkpoint
 
     dtype = TENSORRT_LLM[args.precision].arithmetic
-    with open_checkpoint(args.checkpoint) as checkpoint, loadable_folder(checkpoint) as folder:
-        wide = TorchReference(folder, "float32" if dtype != "float32" else "float64")
+    with open_checkpoint(args.checkpoint) as checkpoint:
         steps = min(32, checkpoint.spec.max_length // 2)
-        sequences = make_sequences(
-            checkpoint,
-            None,
-            max_length=checkpoint.spec.max_length,
-            decode_steps=steps,
-            seed=0,
-            continue_greedily=wide.continue_greedily,
-        )
-        found: dict[str, Any] = {"precision": args.precision}
-        for index, sequence in enumerate(sequences):
-            found[f"tokens.{index}"] = np.array(sequence.tokens, np.int32)
-            found[f"logits.{index}"] = wide.run(sequence.tokens).logits
-        del wide
-        narrow = TorchReference(folder, dtype)
-        found |= {f"noise.{i}": narrow.run(s.tokens).logits for i, s in enumerate(sequences)}
+        sequences = make_sequences(checkpoint, None, max_length=checkpoint.spec.max_length, decode_steps=steps, seed=0)
+        tokens = [sequence.tokens for sequence in sequences]
+        variants = [Variant("logits", "float32" if dtype != "float32" else "float64"), Variant("noise", dtype)]
+        outputs = run_reference(checkpoint, tokens, variants)
+    found: dict[str, Any] = {"precision": args.precision}
+    found |= {f"tokens.{index}": np.array(ids, np.int32) for index, ids in enumerate(tokens)}
+    found |= {f"{name}.{index}": logits for name, several in outputs.items() for index, logits in enumerate(several)}
     np.savez(args.output, **found)
     return 0
 

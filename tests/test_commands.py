@@ -307,7 +307,7 @@ def test_json_is_alone_on_standard_output(tiny_engine_folder, tmp_path, capsys):
         ["inspect", tiny_engine_folder, "--json"],
         ["inspect", tiny_engine_folder, "--json", "--on", "8.9"],
         ["plan", "--json"],
-        ["verify", tiny_engine_folder, "--checkpoint", TINY, "--decode-steps", 4, "--report", report, "--json"],
+        ["verify", tiny_engine_folder, "--checkpoint", TINY, "--decode-steps", 4, "--report", report, "--no-record", "--json"],
     ):
         assert main([str(arg) for arg in args]) == 0
         found = json.loads(capsys.readouterr().out)
@@ -325,7 +325,7 @@ def test_verify_does_not_write_over_the_report_that_the_engine_was_packed_with(t
 
 
 def test_verify_is_readable_without_it(tiny_engine_folder, tmp_path, capsys):
-    args = ["verify", tiny_engine_folder, "--checkpoint", TINY, "--decode-steps", 4, "--report", tmp_path]
+    args = ["verify", tiny_engine_folder, "--checkpoint", TINY, "--decode-steps", 4, "--report", tmp_path, "--no-record"]
     assert main([str(arg) for arg in args]) == 0
     out = capsys.readouterr().out
     assert re.search(r"^decode_steps +4$", out, re.M) and out.splitlines()[-1].startswith("parity   pass")

@@ -117,11 +117,11 @@ def test_what_a_manifest_says_cannot_steer_the_terminal(engine, capsys):
         alter(engine, path, ESCAPE * 50)
     alter(engine, "flags/compute_capability", [ESCAPE])
     alter(engine, "tools/" + ESCAPE, "1")
-    code, out, _ = run(capsys, "inspect", engine)
-    assert code == 0 and len(out.splitlines()) == 10 and len(out) < 4000
+    code, out, err = run(capsys, "inspect", engine)
+    assert code == 2 and "verdict does not hold" in err and len(out.splitlines()) == 10 and len(out) < 4000
     assert [line for line in out.splitlines() if line.startswith("parity")] == [out.splitlines()[-1]]
     code, out, _ = run(capsys, "inspect", engine, "--json")
-    assert code == 0 and json.loads(out)["name"] == ESCAPE * 50
+    assert code == 2 and json.loads(out)["name"] == ESCAPE * 50
 
 
 @pytest.mark.parametrize(

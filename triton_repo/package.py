@@ -22,6 +22,7 @@ from engines.runtime.compatibility import check_slots
 from engines.runtime.engine import PREFILL_CHUNK
 from engines.runtime.errors import ServingError
 from engines.runtime.manifest import MANIFEST_NAME, Manifest, contained_path, read_manifest, verify_files, write_manifest
+from engines.runtime.verdict import standing
 from ngpt.atomic_folder import check_free, new_folder
 from ngpt.errors import PackagingError
 from ngpt.text_files import CHAT_TEMPLATE, End, TextFiles, given_chat_template, given_tokenizer
@@ -224,8 +225,10 @@ def _checked_manifest(engine: Path, allow_unverified: bool, num_slots: int) -> M
         verify_files(engine, manifest)
         for name in TOKENIZER_FILES:
             contained_path(engine, name)  # copied where it is there, even if the manifest does not name it
+        verdict = standing(engine, manifest)
     except ServingError as error:
-        raise PackagingError("this engine cannot be packaged", found=str(error), remedy="Build the engine again.") from error
+        remedy = error.remedy or "Build the engine again."
+        raise PackagingError("this engine cannot be packaged", found=_without_remedy(error), remedy=remedy) from error
     try:
         check_slots(manifest, num_slots)
     except ServingError as error:
@@ -236,15 +239,18 @@ def _checked_manifest(engine: Path, allow_unverified: bool, num_slots: int) -> M
         )
     if LAYOUTS[manifest.target.runtime] is TENSORRT_LLM:
         _check_batch(engine, manifest, num_slots)
-    verdict = str(manifest.parity["verdict"]) if manifest.parity is not None else "missing"
     if verdict != "pass" and not allow_unverified:
         raise PackagingError(
             f"the engine {manifest.name} has no passed parity verdict",
             expected="pass",
-            found=verdict,
-            remedy="Verify the engine, or package it with --allow-unverified.",
+            found="one that does not say which files it was reached on" if verdict == "unbound" else verdict,
+            remedy="Verify it: ngpt-deploy verify ENGINE --checkpoint DIR. Or package it with --allow-unverified.",
         )
     return manifest
+
+
+def _without_remedy(error: ServingError) -> str:
+    return str(error).removesuffix(error.remedy).rstrip(" .")
 
 
 def _refuse_options_of_others(

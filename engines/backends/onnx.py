@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from engines.backends.genai_config import genai_config
 from engines.backends.hub_config import hub_config
-from engines.backends.protocol import Job, TapFunction, Written, deployed
+from engines.backends.onnx_taps import tapped_graph
+from engines.backends.protocol import Job, TapFunction, Written
 from engines.memory import total_bytes
 from engines.runtime.manifest import Manifest
 from engines.runtimes import RUNTIMES
@@ -23,7 +21,6 @@ from export.network import define_network
 from export.precision import Precision
 from export.trtllm.parallel import Parallel
 from export.weights import DeployedWeights
-from ngpt.checkpoint import Checkpoint
 from ngpt.errors import missing_package
 from ngpt.progress import Progress, silent
 from ngpt.spec import NGPTSpec
@@ -56,8 +53,7 @@ class OnnxBackend:
         """Any size is taken."""
 
     def estimate(self, spec: NGPTSpec, target: Target, parallel: Parallel) -> int:
-        # While it is verified, a second graph with outputs for its hidden states lies beside the first.
-        return 2 * (total_bytes(spec, target.precision) + _SMALL_FILES)
+        return total_bytes(spec, target.precision) + _SMALL_FILES
 
     def write(self, job: Job, folder: Path, progress: Progress) -> Written:
         graph = export_graph(job.weights, job.target.form, job.target.precision, folder / GRAPH, progress)
@@ -68,8 +64,8 @@ class OnnxBackend:
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         return Written(GRAPH, {"form": job.target.form})
 
-    def taps(self, manifest: Manifest, precision: Precision, checkpoint: Checkpoint, scratch: Path) -> TapFunction | None:
-        return tap_function(str(manifest.flags.get("form")), precision, manifest.target.providers, checkpoint, scratch)
+    def taps(self, folder: Path, manifest: Manifest, precision: Precision, scratch: Path) -> TapFunction | None:
+        return tapped_graph(folder, manifest, scratch)
 
     def outline(self, job: Job, folder: Path) -> list[str]:
         return [f"write {folder / GRAPH}: {job.target.form} form, weights as {job.target.precision.projections}"]
@@ -122,24 +118,3 @@ def _exporter() -> tuple[Any, Any]:
     except ImportError as error:
         raise missing_package(f"exporting needs {error.name}", "onnx", found=str(error)) from error
     return onnx_ir, onnx
-
-
-def tap_function(form: str, precision: Precision, providers: Sequence[str], checkpoint: Checkpoint, scratch: Path) -> TapFunction:
-    """A second graph of the same lowering whose hidden states are outputs: ids [T] -> {tap name: float32 [T, E]}."""
-    import onnxruntime
-
-    spec = checkpoint.spec
-    names = ("embed", *(f"layers.{i}.{part}.update" for i in range(spec.num_layers) for part in ("attn", "mlp")))
-    graph = export_graph(deployed(checkpoint, precision), form, precision, scratch / "taps.onnx", taps=names)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(scratch / "taps.onnx"), options, providers=list(providers))
-    empty = np.zeros((1, spec.num_kv_heads, 0, graph.cache_channels), np.dtype(precision.cache))
-    past = {f"past_key_values.{i}.{kind}": empty for i in range(spec.num_layers) for kind in ("key", "value")}
-
-    def run(ids: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
-        positions = np.arange(len(ids), dtype=np.int64)[None]
-        feeds = past | {"input_ids": ids[None], "attention_mask": np.ones_like(positions), "position_ids": positions}
-        return {name: value[0].astype(np.float32) for name, value in zip(names, session.run(list(names), feeds), strict=True)}
-
-    return run

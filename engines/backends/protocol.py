@@ -22,7 +22,7 @@ from ngpt.spec import NGPTSpec
 from ngpt.weights import Weights
 
 TapFunction = Callable[[NDArray[np.int64]], dict[str, NDArray[np.float32]]]
-"""Token ids [T] -> hidden states by tap name, float32 [T, E]."""
+"""Token ids [T] -> values inside the engine by tap name (`engines.parity.taps`), float32 [T, n]."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ class Backend(Protocol):
     def write(self, job: Job, folder: Path, progress: Progress) -> Written:
         """Write the engine into an existing folder. Raises BuildError with the runtime's own reason."""
 
-    def taps(self, manifest: Manifest, precision: Precision, checkpoint: Checkpoint, scratch: Path) -> TapFunction | None:
-        """Hidden states of an engine for the check layer by layer; None where a runtime shows none. `scratch` is a folder
-        for files."""
+    def taps(self, folder: Path, manifest: Manifest, precision: Precision, scratch: Path) -> TapFunction | None:
+        """Values inside the engine in `folder`, from its own graph, for the check layer by layer; None where a runtime shows
+        none. `scratch` is a folder for files, on the same disk if possible."""
 
     def outline(self, job: Job, folder: Path) -> list[str]:
         """What `write` would do, in lines, for a dry run."""

@@ -22,7 +22,6 @@ from export.network import define_network
 from export.precision import Precision
 from export.trtllm.parallel import Parallel
 from export.weights import DeployedWeights
-from ngpt.checkpoint import Checkpoint
 from ngpt.progress import Progress, silent
 from ngpt.spec import NGPTSpec
 
@@ -57,7 +56,7 @@ class TensorRTBackend:
         cache = None if library.has_cache_update else "past-present"
         return Written(PLAN, flags | dataclasses.asdict(target.profile), cache=cache)
 
-    def taps(self, manifest: Manifest, precision: Precision, checkpoint: Checkpoint, scratch: Path) -> TapFunction | None:
+    def taps(self, folder: Path, manifest: Manifest, precision: Precision, scratch: Path) -> TapFunction | None:
         return None  # a plan shows its logits alone
 
     def outline(self, job: Job, folder: Path) -> list[str]:

@@ -31,7 +31,6 @@ from export.precision import Precision
 from export.trtllm.config import ARCHITECTURE, trtllm_config
 from export.trtllm.convert import convert
 from export.trtllm.parallel import Parallel
-from ngpt.checkpoint import Checkpoint
 from ngpt.errors import BuildError
 from ngpt.progress import Progress, part_of
 from ngpt.spec import NGPTSpec
@@ -76,7 +75,7 @@ class TensorRTLLMBackend:
         flags = {"form": target.form, "tp": parallel.tp, "pp": parallel.pp, "trtllm_build": arguments}
         return Written("engine/rank0.engine", flags, {"tensorrt_llm": version})
 
-    def taps(self, manifest: Manifest, precision: Precision, checkpoint: Checkpoint, scratch: Path) -> TapFunction | None:
+    def taps(self, folder: Path, manifest: Manifest, precision: Precision, scratch: Path) -> TapFunction | None:
         return None  # the runtime shows logits alone
 
     def outline(self, job: Job, folder: Path) -> list[str]:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.parity.outputs import Outputs
 from engines.parity.prompts import TokenSequence
+from engines.parity.scratch import Scratch
+from engines.parity.taps import angle
 from ngpt.errors import EngineError
 
 Array = NDArray[np.float64]
-TapFunction = Callable[[NDArray[np.int64]], dict[str, NDArray[np.float32]]]
-"""input_ids [T] -> tap name -> float32 [T, E]; usually a second graph of the engine with these outputs."""
+_AT_ONCE = 1 << 22  # logits of a block of positions
 
 
 class Runner(Protocol):
@@ -40,26 +40,40 @@ class Runner(Protocol):
 
 def run_engine(
     runner: Runner,
-    sequences: list[TokenSequence],
-    taps: TapFunction | None = None,
+    sequences: Sequence[TokenSequence],
+    scratch: Scratch | None = None,
     tick: Callable[[], None] = lambda: None,
-) -> list[Outputs]:
-    """Prefill and decode every sequence, several at a time so that batches are ragged, as in service.
+) -> list[NDArray[np.float32]]:
+    """Prefill and decode every sequence, several at a time so that batches are ragged, as in service: logits [T, V] of each.
 
     Every second prompt is prefilled in two pieces: a chunked prefill must give the same logits as a whole one.
     """
-    outputs: list[Outputs] = []
+    outputs: list[NDArray[np.float32]] = []
     for start in range(0, len(sequences), max(1, runner.num_slots)):
         group = sequences[start : start + max(1, runner.num_slots)]
-        for sequence, logits in zip(group, _run_group(runner, group, start, tick), strict=True):
-            seen = taps(np.asarray(sequence.tokens, dtype=np.int64)) if taps is not None else {}
-            outputs.append(Outputs(logits, seen))
+        outputs += _run_group(runner, group, start, scratch or Scratch(), tick)
     return outputs
 
 
-def _run_group(runner: Runner, group: list[TokenSequence], first: int, tick: Callable[[], None]) -> list[NDArray[np.float32]]:
+def continue_greedily(runner: Runner, prompt: Sequence[int], steps: int) -> list[int]:
+    """The runner's own next ``steps`` tokens after a prompt; an end-of-sequence token does not stop it."""
+    slot, found = runner.open(), []
+    try:
+        logits = runner.prefill(slot, np.asarray(prompt, dtype=np.int64))
+        for step in range(steps):
+            found.append(int(np.argmax(logits)))
+            if step + 1 < steps:
+                logits = runner.decode([slot], np.asarray(found[-1:], dtype=np.int64))[0]
+    finally:
+        runner.close(slot)
+    return found
+
+
+def _run_group(
+    runner: Runner, group: Sequence[TokenSequence], first: int, scratch: Scratch, tick: Callable[[], None]
+) -> list[NDArray[np.float32]]:
     slots: list[int] = []
-    out = [np.full((len(s.tokens), runner.vocab_size), np.nan, dtype=np.float32) for s in group]
+    out = [scratch.array((len(s.tokens), runner.vocab_size), np.float32) for s in group]
     try:
         for index, sequence in enumerate(group):
             slots.append(runner.open())
@@ -95,9 +109,8 @@ class Distance:
 
     ``kl``: KL(reference || run) in nats. ``rms`` and ``max_abs``: of the logit difference. ``cosine``,
     ``logit_angle`` (radians) and ``norm_ratio``: of the logit vectors. ``margin``: the reference's gap between its two
-    largest logits.
-    ``top1``: same first choice. ``nll``: -log p of the next token in (reference, run), [T - 1]. ``angles``: tap name
-    to the angle in radians between the two hidden states, [T].
+    largest logits. ``top1``: same first choice. ``nll``: -log p of the next token in (reference, run), [T - 1].
+    ``angles``: tap name to how far its values are apart (`engines.parity.taps.tap_distance`), [T]. ``finite``: of the run.
     """
 
     kl: Array
@@ -109,48 +122,50 @@ class Distance:
     margin: Array
     top1: NDArray[np.bool_]
     nll: tuple[Array, Array]
-    angles: dict[str, Array]
+    angles: Mapping[str, Array]
     finite: bool
 
 
-def distance(reference: Outputs, run: Outputs, tokens: tuple[int, ...]) -> Distance:
-    """Measure ``run`` against ``reference``; everything in float64."""
-    a, b = np.asarray(reference.logits, np.float64), np.asarray(run.logits, np.float64)
-    foreign = sorted(set(run.taps) - set(reference.taps))
-    if run.taps and len(foreign) == len(run.taps):
-        raise EngineError("none of the engine's taps is known", expected="embed, layers.0.mlp.update, ...", found=foreign[0])
-    finite = bool(np.isfinite(b).all()) and all(bool(np.isfinite(v).all()) for v in run.taps.values())
-    with np.errstate(invalid="ignore", divide="ignore"):
+def distance(
+    reference: NDArray[np.floating],
+    run: NDArray[np.floating],
+    tokens: Sequence[int],
+    angles: Mapping[str, Array] | None = None,
+) -> Distance:
+    """Measure the logits [T, V] of a run against those of a reference, in float64, a block of positions at a time."""
+    step = max(1, _AT_ONCE // reference.shape[1])
+    starts = range(0, len(reference), step)
+    following = np.asarray([*tokens[1:], 0], dtype=np.int64)[:, None]
+    parts = [_measures(reference[at : at + step], run[at : at + step], following[at : at + step]) for at in starts]
+    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    before, after = (found.pop(name)[:-1] for name in ("before", "after"))
+    taps = dict(angles or {})
+    finite = bool(found.pop("finite").all()) and all(bool(np.isfinite(values).all()) for values in taps.values())
+    return Distance(**found, nll=(before, after), angles=taps, finite=finite)
+
+
+def _measures(
+    reference: NDArray[np.floating], run: NDArray[np.floating], following: NDArray[np.int64]
+) -> dict[str, NDArray[Any]]:
+    a, b = np.asarray(reference, np.float64), np.asarray(run, np.float64)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         log_p, log_q = _log_softmax(a), _log_softmax(b)
-        kl = np.maximum((np.exp(log_p) * (log_p - log_q)).sum(-1), 0.0)
         norms = np.linalg.norm(a, axis=-1), np.linalg.norm(b, axis=-1)
         top2 = np.partition(a, -2, axis=-1)[:, -2:] if a.shape[1] > 1 else np.zeros((len(a), 2))
-        following = np.asarray(tokens[1:], dtype=np.int64)[:, None]
-        return Distance(
-            kl=kl,
-            rms=np.sqrt(np.mean((b - a) ** 2, axis=-1)),
-            max_abs=np.abs(b - a).max(-1),
-            cosine=(a * b).sum(-1) / (norms[0] * norms[1]),
-            logit_angle=angle(a, b),
-            norm_ratio=norms[1] / norms[0],
-            margin=top2[:, 1] - top2[:, 0],
-            top1=a.argmax(-1) == b.argmax(-1),
-            nll=(
-                -np.take_along_axis(log_p[:-1], following, 1)[:, 0],
-                -np.take_along_axis(log_q[:-1], following, 1)[:, 0],
-            ),
-            angles={name: angle(reference.taps[name], run.taps[name]) for name in reference.taps if name in run.taps},
-            finite=finite,
-        )
-
-
-def angle(a: NDArray[np.floating], b: NDArray[np.floating]) -> Array:
-    """Radians between the directions of rows of a and b, accurate for tiny angles (arccos is not)."""
-    x, y = (np.asarray(v, np.float64) for v in (a, b))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        x, y = (v / np.linalg.norm(v, axis=-1, keepdims=True) for v in (x, y))
-        opening: Array = 2 * np.arctan2(np.linalg.norm(x - y, axis=-1), np.linalg.norm(x + y, axis=-1))
-    return opening
+        error = np.abs(b - a)
+        return {
+            "kl": np.maximum((np.exp(log_p) * (log_p - log_q)).sum(-1), 0.0),
+            "rms": np.sqrt(np.mean(error**2, axis=-1)),
+            "max_abs": error.max(-1),
+            "cosine": (a * b).sum(-1) / (norms[0] * norms[1]),
+            "logit_angle": angle(a, b),
+            "norm_ratio": norms[1] / norms[0],
+            "margin": top2[:, 1] - top2[:, 0],
+            "top1": a.argmax(-1) == b.argmax(-1),
+            "before": -np.take_along_axis(log_p, following, 1)[:, 0],
+            "after": -np.take_along_axis(log_q, following, 1)[:, 0],
+            "finite": np.isfinite(b).all(-1),
+        }
 
 
 def _log_softmax(x: Array) -> Array:

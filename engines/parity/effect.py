@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 
 import numpy as np
 
 from engines.parity.compare import distance
 from engines.parity.prompts import make_sequences
-from engines.parity.reference import TorchReference, loadable_folder
+from engines.parity.reference import Variant, run_reference
 from ngpt.checkpoint import Checkpoint
 
 
@@ -38,23 +37,10 @@ class Effect:
 
 
 def logit_effect(before: Checkpoint, after: Checkpoint, *, seed: int = 0) -> Effect:
-    """Run both in float32 on the parity check's own sequences; one model is in memory at a time."""
-    with loadable_folder(before) as folder:
-        model = TorchReference(folder, "float32")
-        sequences = make_sequences(
-            before,
-            None,
-            max_length=before.spec.max_length,
-            decode_steps=None,
-            seed=seed,
-            continue_greedily=model.continue_greedily,
-        )
-        original = [model.run(sequence.tokens) for sequence in sequences]
-        del model
-        gc.collect()  # two copies of a large model must never be alive together
-    with loadable_folder(after) as folder:
-        model = TorchReference(folder, "float32")
-        changed = [model.run(sequence.tokens) for sequence in sequences]
+    """Run both in float32 on the parity check's own sequences, a layer in memory at a time."""
+    sequences = make_sequences(before, None, max_length=before.spec.max_length, decode_steps=None, seed=seed)
+    tokens, variant = [sequence.tokens for sequence in sequences], Variant("float32", "float32")
+    original, changed = (run_reference(checkpoint, tokens, [variant])["float32"] for checkpoint in (before, after))
     found = [distance(a, b, s.tokens) for a, b, s in zip(original, changed, sequences, strict=True)]
 
     def joined(field: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
@@ -67,6 +53,6 @@ def logit_effect(before: Checkpoint, after: Checkpoint, *, seed: int = 0) -> Eff
         kl_mean=float(joined("kl").mean()),
         kl_max=float(joined("kl").max()),
         max_abs_logit=float(joined("max_abs").max()),
-        largest_logit=max(float(np.abs(output.logits).max()) for output in original),
+        largest_logit=max(float(np.abs(logits).max()) for logits in original),
         top1_agreement=float(joined("top1").mean()),
     )

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from engines.parity.compare import Array, Distance
 from engines.parity.prompts import TokenSequence
 from engines.parity.quantized import WeightAudit
+from export.taps import position_of
 
 MEAN_MULTIPLE = 4.0
 WORST_MULTIPLE = 8.0
 LOSS_MULTIPLE = 2.0
+MARGIN_MULTIPLE = 4.0
 _ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
@@ -26,7 +29,8 @@ _ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfl
 class Check:
     """One comparison; ``measured``, ``noise`` and ``limit`` in the same unit.
 
-    ``sample``: how many things (positions, matrices, runs) it was decided on. Nothing is decided on none.
+    ``sample``: how many things (positions, matrices, runs) it was decided on. Nothing is decided on none. ``tap``: the name of
+    the value inside the network that it is about, or "".
     """
 
     name: str
@@ -35,6 +39,7 @@ class Check:
     limit: float
     unit: str
     sample: int
+    tap: str = ""
 
     @property
     def outcome(self) -> str:
@@ -95,26 +100,21 @@ def checks(measured: Measured, audit: WeightAudit | None = None, loss: Loss | No
         found += _pair(f"{phase}: angle of logits", measured, part, lambda d: d.logit_angle, roundoff, "rad")
         found += _pair(f"{phase}: norm ratio of logits", measured, part, lambda d: np.abs(d.norm_ratio - 1), roundoff, "")
     found.append(_top1(measured))
-    for tap in tap_names(measured.engine):
-        found += _pair(f"angle at {tap}", measured, None, lambda d, tap=tap: d.angles[tap], roundoff, "rad")  # type: ignore[misc]
+    for tap in tapped(measured.engine):
+        found += _pair(f"angle at {tap}", measured, None, partial(_at, tap), roundoff, "rad", tap)
     if audit is not None:
-        found.append(Check(f"quantised weights, worst ({audit.worst_name})", audit.worst_step, 0.5, 1.01, "step", audit.matrices))
-        found.append(Check("quantised weights, rms", audit.worst_rms, 0.29, 0.5, "step", audit.matrices))
-        found.append(Check("some weights are quantised", 0.0 if audit.matrices else 1.0, 0.0, 0.0, "", 1))
+        count, worst = len(audit.matrices), f"quantised weights, worst ({audit.worst_name})"
+        found.append(Check(worst, audit.worst_step, 0.5, 1.01, "step", count))
+        found.append(Check("quantised weights, rms", audit.worst_rms, 0.29, 0.5, "step", count))
+        found.append(Check("some weights are quantised", 0.0 if count else 1.0, 0.0, 0.0, "", 1))
     if loss is not None:
         found.append(loss.check())
     return found
 
 
-def tap_names(distances: list[Distance]) -> list[str]:
-    """Taps that every sequence has, in the order of the forward pass."""
-    common = set.intersection(*(set(d.angles) for d in distances)) if distances else set()
-
-    def order(name: str) -> tuple[int, int]:
-        parts = name.split(".")
-        return (-1, 0) if len(parts) < 3 else (int(parts[1]), int(parts[2] != "attn"))
-
-    return sorted(common, key=order)
+def tapped(distances: list[Distance]) -> list[str]:
+    """Taps that some sequence has, in the order of the forward pass."""
+    return sorted({name for d in distances for name in d.angles}, key=position_of)
 
 
 def phase_of(phase: str) -> Callable[[TokenSequence], slice]:
@@ -124,6 +124,13 @@ def phase_of(phase: str) -> Callable[[TokenSequence], slice]:
     return lambda sequence: slice(sequence.prompt_length, None)
 
 
+_NONE: Array = np.zeros(0)
+
+
+def _at(tap: str, found: Distance) -> Array:
+    return found.angles.get(tap, _NONE)
+
+
 def _pair(
     name: str,
     measured: Measured,
@@ -131,6 +138,7 @@ def _pair(
     value: Callable[[Distance], Array],
     floor: float,
     unit: str,
+    tap: str = "",
 ) -> list[Check]:
     """The mean over all positions, and the worst position (a fault of one slot or step hides in a mean)."""
 
@@ -142,20 +150,18 @@ def _pair(
 
     ours, noise = gather(measured.engine), gather(measured.noise)
     if not len(ours):
-        return [Check(f"{name}, {which}", 0.0, 0.0, 0.0, unit, 0) for which in ("mean", "worst position")]
+        return [Check(f"{name}, {which}", 0.0, 0.0, 0.0, unit, 0, tap) for which in ("mean", "worst position")]
     mean, worst = max(float(noise.mean()), floor), max(float(noise.max()), floor)
     return [
-        Check(f"{name}, mean", float(ours.mean()), float(noise.mean()), MEAN_MULTIPLE * mean, unit, len(ours)),
-        Check(f"{name}, worst position", float(ours.max()), float(noise.max()), WORST_MULTIPLE * worst, unit, len(ours)),
+        Check(f"{name}, mean", float(ours.mean()), float(noise.mean()), MEAN_MULTIPLE * mean, unit, len(ours), tap),
+        Check(f"{name}, worst position", float(ours.max()), float(noise.max()), WORST_MULTIPLE * worst, unit, len(ours), tap),
     ]
 
 
 def stable_margin(measured: Measured) -> float:
-    """The margin above which the first choice must agree, in logits.
-
-    Two logits may each move by the permitted worst error, so the gap must be more than twice that.
-    """
-    return 2 * WORST_MULTIPLE * max(float(d.max_abs.max()) for d in measured.noise)
+    """The margin above which the first choice must agree, in logits: two logits that each move by twice the noise's worst error
+    close a gap of four times it."""
+    return MARGIN_MULTIPLE * max(float(d.max_abs.max()) for d in measured.noise)
 
 
 def stable_positions(measured: Measured) -> list[np.ndarray[tuple[int], np.dtype[np.bool_]]]:

@@ -12,8 +12,22 @@ from ngpt.checkpoint import Checkpoint
 from ngpt.errors import ConfigError, shown
 
 TEXTS = (
-    "def read_lines(path):\n    with open(path) as file:\n        for line in file:\n",
-    "The largest planet in the solar system is",
+    """def count_words(path, encoding="utf-8"):
+    \"\"\"Return a dictionary of the words of a file and how often each occurs.\"\"\"
+    found = {}
+    with open(path, encoding=encoding) as file:
+        for line in file:
+            for word in line.split():
+                found[word] = found.get(word, 0) + 1
+    return found
+
+
+class Counter:
+    def __init__(self, name):
+        self.name = name
+""",
+    "The largest planet in the solar system is Jupiter. It has more than ninety moons, and the four largest of them can be seen "
+    "with a small telescope. Galileo found them in 1610. Because they do not go round the Earth, they were the first proof that",
 )
 _RANDOM_LENGTHS = (5, 33, 128)
 DECODE_STEPS = 64
@@ -40,14 +54,15 @@ def make_sequences(
     max_length: int,
     decode_steps: int | None,
     seed: int,
-    continue_greedily: Continue,
+    continue_greedily: Continue | None = None,
 ) -> list[TokenSequence]:
     """Sequences of prompt + ``decode_steps`` tokens, none longer than ``max_length``.
 
     Without a number of steps there are `DECODE_STEPS`, or half of ``max_length`` where that is less: the other half is the
-    prompt's. Given prompts (text, or token ids) are continued by the reference's greedy choice. By default there are three
-    random-token sequences (more where the model's length is short), which visit directions that text never does, and two of
-    text if the checkpoint has a tokenizer. Raises `ConfigError` for unusable prompts or lengths.
+    prompt's. Given prompts (text, or token ids) are continued by ``continue_greedily``; without it their second half stands
+    for what is decoded. By default there are three random-token sequences (more where the model's length is short), which
+    visit directions that text never does, and two of text if the checkpoint has a tokenizer. Raises `ConfigError` for
+    unusable prompts or lengths.
     """
     if max_length < 2:
         raise ConfigError(
@@ -89,8 +104,9 @@ def make_sequences(
             )
         ids = ids[:room]
         is_text = isinstance(prompt, str)
-        tokens = (*ids, *continue_greedily(ids, decode_steps))
-        sequences.append(TokenSequence(f"{'text' if is_text else 'tokens'} {number}", tokens, len(ids), is_text))
+        length = len(ids) if continue_greedily is not None else -(-len(ids) // 2)
+        tokens = ids if continue_greedily is None else [*ids, *continue_greedily(ids, decode_steps)]
+        sequences.append(TokenSequence(f"{'text' if is_text else 'tokens'} {number}", tuple(tokens), length, is_text))
     return sequences
 
 

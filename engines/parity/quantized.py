@@ -1,4 +1,4 @@
-"""Quantisation as the parity check sees it: weights to put into the PyTorch model, and an independent audit of them.
+"""Quantisation as the parity check sees it: what a format does to weights, and an independent audit of them.
 
 The rounding itself is the exporter's (passed in as a function), so it must not be believed: `audit` checks, knowing
 only bits and block size, that what came back is within one quantisation step of what went in. An exporter that
@@ -10,13 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from export.precision import CODE_BITS, Precision
+
+if TYPE_CHECKING:
+    import torch
 
 RoundTrip = Callable[[str, NDArray[np.float32]], NDArray[np.float32]]
 """(PyTorch name of a module, its weight [out, in] float32) -> the same, after a round trip through the engine's format."""
@@ -64,15 +66,19 @@ class Quantization:
         kind = "float8" if self.float8 else f"int{self.bits}"
         return f"{kind}, " + ("one scale a row" if self.block_size == WHOLE_ROW else f"blocks of {self.block_size}")
 
+    def blocks(self, name: str, weight: NDArray[np.float32]) -> NDArray[np.float64]:
+        """A matrix [N, K] in float64 blocks [N, blocks, size], zero padded."""
+        size = self.block_of(name) or weight.shape[1]
+        padded = np.pad(weight, ((0, 0), (0, -weight.shape[1] % size)))
+        return padded.reshape(len(weight), -1, size).astype(np.float64)
+
     def blocks_and_step(self, name: str, weight: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The matrix in float64 blocks [N, blocks, size], zero padded, and what one step of the format is there.
 
         Integers: 2 max|w| / (2**bits - 1) of the block, the coarsest sensible step. float8_e4m3fn: 3 bits behind the leading one
         of each value, in units that put the block's largest at 448; below 2**-6 of those units steps no longer shrink.
         """
-        size = self.block_of(name) or weight.shape[1]
-        padded = np.pad(weight, ((0, 0), (0, -weight.shape[1] % size)))
-        blocks = padded.reshape(len(weight), -1, size).astype(np.float64)
+        blocks = self.blocks(name, weight)
         largest = np.abs(blocks).max(-1, keepdims=True)
         if not self.float8:
             return blocks, 2 * largest / (2 ** self.bits_of(name) - 1)
@@ -106,104 +112,68 @@ def quantization_of(precision: Precision) -> Quantization | None:
     )
 
 
+@dataclass(frozen=True)
+class Steps:
+    """Errors of some rows in quantisation steps: the worst, the sum of squares, and how many weights."""
+
+    worst: float
+    squares: float
+    count: int
+
+
 @dataclass
 class WeightAudit:
-    """Worst results over all quantised matrices, in units of one quantisation step of the block."""
+    """The errors of every quantised matrix, in units of one quantisation step of the block."""
 
-    worst_step: float = 0.0
-    worst_rms: float = 0.0
-    worst_name: str = ""
-    matrices: int = 0
-    names: list[str] = field(default_factory=list)
+    matrices: dict[str, Steps] = field(default_factory=dict)
 
+    def add(self, name: str, found: Steps) -> None:
+        """Further rows of a matrix."""
+        known = self.matrices.get(name, Steps(0.0, 0.0, 0))
+        worst = max(known.worst, found.worst, key=_sortable)
+        self.matrices[name] = Steps(worst, known.squares + found.squares, known.count + found.count)
 
-def put_quantized_weights(model: nn.Module, quantization: Quantization) -> WeightAudit:
-    """Replace the weights of every module that the quantisation applies to, in place, and audit each one."""
-    audit = WeightAudit()
+    @property
+    def worst_name(self) -> str:
+        """The matrix of the worst weight; "" if there is none."""
+        return max(self.matrices, key=lambda name: _sortable(self.matrices[name].worst), default="")
 
-    def rounded(name: str, before: NDArray[np.float32]) -> NDArray[np.float32]:
-        after = quantization.round_trip(name, before)
-        audit_weight(audit, name, before, after, quantization)
-        return after
+    @property
+    def worst_step(self) -> float:
+        """The worst weight of all."""
+        return self.matrices[self.worst_name].worst if self.matrices else 0.0
 
-    _put_weights(model, quantization, rounded)
-    return audit
-
-
-def put_perturbed_weights(model: nn.Module, quantization: Quantization, seed: int) -> None:
-    """Add to every quantised weight an error drawn evenly from half a step either side, in place.
-
-    That is what rounding to nearest does to a weight, with the exporter's own rounding left out of it: the format's
-    step alone decides how far this model is from the original.
-    """
-    random = np.random.default_rng(seed)
-
-    def perturbed(name: str, before: NDArray[np.float32]) -> NDArray[np.float32]:
-        blocks, step = quantization.blocks_and_step(name, before)
-        moved = blocks + step * random.uniform(-0.5, 0.5, blocks.shape)
-        return moved.reshape(len(before), -1)[:, : before.shape[1]].astype(np.float32)
-
-    _put_weights(model, quantization, perturbed)
+    @property
+    def worst_rms(self) -> float:
+        """The root mean square of the matrix where it is largest."""
+        found = [float(np.sqrt(steps.squares / max(1, steps.count))) for steps in self.matrices.values()]
+        return max(found, key=_sortable, default=0.0)
 
 
-def _put_weights(
-    model: nn.Module, quantization: Quantization, change: Callable[[str, NDArray[np.float32]], NDArray[np.float32]]
-) -> None:
-    embedding = getattr(getattr(model, "model", None), "embed_tokens", None)
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or not quantization.applies(name):
-            continue
-        before: NDArray[np.float32] = module.weight.detach().float().numpy()
-        fresh = torch.from_numpy(np.array(change(name, before))).to(module.weight.dtype)
-        if embedding is not None and module.weight is embedding.weight:
-            module.weight = nn.Parameter(fresh)  # a tied head is quantised, the table that it shared is not
-        else:
-            module.weight.data.copy_(fresh)
-    if quantization.narrow_embedding and embedding is not None:  # after the head, which may share the table
-        embedding.weight.data.copy_(embedding.weight.half())
+def _sortable(value: float) -> float:
+    return np.inf if np.isnan(value) else value
 
 
-def audit_weight(
-    audit: WeightAudit,
-    name: str,
-    before: NDArray[np.float32],
-    after: NDArray[np.float32],
-    quantization: Quantization,
-) -> None:
-    """Measure |after - before| in steps of the format (`Quantization.blocks_and_step`).
+def audit_weight(name: str, before: NDArray[np.float32], after: NDArray[np.float32], quantization: Quantization) -> Steps:
+    """Measure |after - before| of rows [n, in] in steps of the format (`Quantization.blocks_and_step`).
 
     Rounding to nearest stays within one step (the extra half is for clipping at the asymmetric end of two's
     complement) and has an rms of about 0.29 steps.
     """
     old, step = quantization.blocks_and_step(name, before)
-    new, _ = quantization.blocks_and_step(name, after)
+    new = quantization.blocks(name, after)
     error = np.abs(new - old)
-    steps = np.divide(error, step, out=np.where(error > 0, np.inf, 0.0), where=step > 0)
-    worst, rms = float(steps.max()), float(np.sqrt(np.mean(steps**2)))
-    audit.matrices += 1
-    audit.names.append(name)
-    if not worst <= audit.worst_step:
-        audit.worst_step, audit.worst_name = worst, name
-    audit.worst_rms = max(audit.worst_rms, rms)
+    with np.errstate(over="ignore"):
+        steps = np.divide(error, step, out=np.where(error > 0, np.inf, 0.0), where=step > 0)
+        return Steps(float(steps.max()), float(np.sum(steps**2)), steps.size)
 
 
-def quantize_activations(model: nn.Module, quantization: Quantization) -> None:
-    """Make every quantised module round its input to int8 in blocks of ``activation_block``, as integer kernels do."""
-    block = quantization.activation_block
-    assert block is not None  # who asks has looked
+def round_to_int8(x: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Symmetric int8 round trip of x [..., n] in blocks along the last axis, as integer kernels do with their input."""
+    import torch
 
-    def round_input(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (round_to_int8(inputs[0], block or inputs[0].shape[-1]), *inputs[1:])
-
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and quantization.applies(name):
-            module.register_forward_pre_hook(round_input)
-
-
-def round_to_int8(x: Tensor, block_size: int) -> Tensor:
-    """Symmetric int8 round trip of x [..., n] in blocks along the last axis."""
     width = x.shape[-1]
-    blocks = nn.functional.pad(x, (0, -width % block_size)).unflatten(-1, (-1, block_size))
+    blocks = torch.nn.functional.pad(x, (0, -width % block_size)).unflatten(-1, (-1, block_size))
     scale = blocks.abs().amax(-1, keepdim=True) / 127
     rounded = torch.where(scale > 0, (blocks / scale).round(), 0.0) * scale
     return rounded.flatten(-2)[..., :width]

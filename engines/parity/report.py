@@ -7,13 +7,14 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engines.parity.gate import Check
+from engines.parity.gate import Check, verdict_of
 from engines.parity.svg import COLORS, Chart, Line
+from engines.runtime.errors import EngineFileError
 from ngpt.errors import BuildError, missing_package
 
 if TYPE_CHECKING:
@@ -49,17 +50,41 @@ class SequenceResult:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """The outcome. ``verdict`` is "pass" or "fail"; ``summary`` has the headline numbers (JSON-ready)."""
+    """The outcome. ``verdict`` is "pass" or "fail"; ``summary`` has the headline numbers (JSON-ready); ``subject`` says which
+    files it is about (`engines.parity.subject`), None for an engine that was no folder."""
 
     verdict: str
     summary: dict[str, Any]
     checks: list[Check]
     sequences: list[SequenceResult] = field(default_factory=list)
+    subject: dict[str, Any] | None = None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ParityReport:
+        """The report that `to_dict` wrote, from anywhere. Raises EngineFileError for one that it cannot have written."""
+        try:
+            checks = [
+                Check(**{f.name: _typed(f.type, item[f.name]) for f in dataclasses.fields(Check)}) for item in data["checks"]
+            ]
+            sequences = [
+                SequenceResult(**{f.name: _typed(f.type, item[f.name]) for f in dataclasses.fields(SequenceResult)})
+                for item in data["sequences"]
+            ]
+            report = cls(data["verdict"], dict(data["summary"]), checks, sequences, dict(data["subject"]))
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise _no_report(f"{type(error).__name__}: {error}") from error
+        if report.verdict != verdict_of(checks) or report.summary.get("verdict") != report.verdict:
+            raise _no_report(f"the verdict {report.verdict!r:.20} over checks that say {verdict_of(checks)}")
+        return report
 
     @property
     def failures(self) -> list[Check]:
         """The checks that were decided and did not pass."""
         return [check for check in self.checks if check.failed]
+
+    def headlines(self) -> dict[str, Any]:
+        """The summary, JSON-ready."""
+        return dict(_jsonable(self.summary))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; numbers that JSON cannot hold (NaN, infinity) become strings."""
@@ -67,6 +92,7 @@ class ParityReport:
             {
                 "schema_version": SCHEMA_VERSION,
                 "verdict": self.verdict,
+                "subject": self.subject,
                 "summary": self.summary,
                 "checks": [
                     dataclasses.asdict(check) | {"outcome": check.outcome, "passed": check.passed} for check in self.checks
@@ -78,11 +104,11 @@ class ParityReport:
     def write(self, folder: str | os.PathLike[str]) -> tuple[Path, Path]:
         """Write parity.json and parity.html into ``folder`` (made if absent). Raises `BuildError` on I/O failure."""
         out = Path(folder)
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+        text, page = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", self.to_html()
         try:
             out.mkdir(parents=True, exist_ok=True)
             _replace(out / JSON_FILE, text)
-            _replace(out / HTML_FILE, self.to_html())
+            _replace(out / HTML_FILE, page)
         except OSError as error:
             raise BuildError(f"cannot write the parity report to {out}", found=str(error)) from error
         return out / JSON_FILE, out / HTML_FILE
@@ -111,11 +137,7 @@ def _templates() -> Environment:
 
 def _charts(sequences: Sequence[SequenceResult], checks: Sequence[Check]) -> list[Chart]:
     charts = []
-    taps = {
-        check.name.removeprefix("angle at ").removesuffix(", mean"): check
-        for check in checks
-        if check.name.startswith("angle at ") and check.name.endswith(", mean")
-    }
+    taps = {check.tap: check for check in checks if check.tap and check.name.endswith(", mean")}
     if taps:
         charts.append(
             Chart(
@@ -170,8 +192,43 @@ def _jsonable(value: Any) -> Any:
     return value
 
 
+_NUMBERS = {"nan", "inf", "-inf"}
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    """A field of the report by its annotation; numbers that JSON cannot hold are spelled as text. Raises ValueError."""
+    if kind == "float":
+        return _number(value)
+    if kind == "list[float]":
+        return [_number(item) for item in _of(list, value)]
+    if kind == "dict[str, float]":
+        return {_of(str, key): _number(item) for key, item in _of(dict, value).items()}
+    if kind == "list[int]":
+        return [_of(int, item) for item in _of(list, value)]
+    return _of({"str": str, "int": int}[kind], value)
+
+
+def _number(value: Any) -> float:
+    return float(value) if value in _NUMBERS else float(_of((int, float), value))
+
+
+def _of(kind: Any, value: Any) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"a value of type {type(value).__name__}")
+    return value
+
+
+def _no_report(found: str) -> EngineFileError:
+    return EngineFileError(
+        "this is not a parity report of this version",
+        expected="a parity.json that `ngpt-deploy verify` wrote",
+        found=found[:300],
+        remedy="Verify the engine with this version, and bring that report.",
+    )
+
+
 def _replace(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(prefix=path.name, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)

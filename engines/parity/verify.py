@@ -2,48 +2,36 @@
 
 from __future__ import annotations
 
-import gc
+import contextlib
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from engines.parity.compare import Distance, Runner, TapFunction, distance, run_engine
-from engines.parity.gate import (
-    LOSS_MULTIPLE,
-    MEAN_MULTIPLE,
-    WORST_MULTIPLE,
-    Loss,
-    Measured,
-    checks,
-    stable_margin,
-    stable_positions,
-    tap_names,
-    verdict_of,
-)
-from engines.parity.outputs import Outputs
+from engines.backends import TapFunction
+from engines.parity.compare import Array, Distance, Runner, continue_greedily, distance, run_engine
+from engines.parity.gate import Loss, Measured
+from engines.parity.opening import opened
 from engines.parity.prompts import TokenSequence, make_sequences
-from engines.parity.quantized import (
-    Quantization,
-    WeightAudit,
-    put_perturbed_weights,
-    put_quantized_weights,
-    quantization_of,
-    quantize_activations,
-)
-from engines.parity.reference import TorchReference, loadable_folder
-from engines.parity.report import ParityReport, SequenceResult
-from engines.record import recorded_precision
+from engines.parity.quantized import Quantization, WeightAudit, quantization_of, round_to_int8
+from engines.parity.reference import Taps, Variant, run_reference
+from engines.parity.report import ParityReport
+from engines.parity.scratch import Scratch
+from engines.parity.summary import Comparison, report_of
+from engines.parity.taps import tap_distance
+from engines.parity.weights import PerturbedWeights, QuantizedWeights
 from engines.runtimes import precision_of
-from export.precision import Precision, plain
+from export.precision import Precision
 from ngpt.checkpoint import Checkpoint, expected_tensors, open_checkpoint
 from ngpt.errors import EngineError
-from ngpt.progress import Progress, silent
+from ngpt.progress import Progress, part_of, silent
 
 FLOAT64_LIMIT_BYTES = 8 << 30
-PARITY_SLOTS = 3  # enough for ragged batches, and for sequences that reuse a slot
+ORIGINAL, QUANTIZED, NOISE, PERTURBED = "original", "quantised", "noise", "perturbed"
 
 
 def verify(
@@ -63,18 +51,22 @@ def verify(
 ) -> ParityReport:
     """Compare an engine with `NGPTForCausalLM` of the same checkpoint, both fed the same tokens.
 
+    The engine runs first and is released where it was opened here; the reference follows, a layer at a time. What of both is
+    large lies in files beside the engine meanwhile.
+
     Args:
-        engine: a folder, a loaded engine, or a bare runner.
-        checkpoint: the folder or file that the engine was built from, or it opened.
-        prompts: texts, or lists of token ids, which the model continues greedily. Unless given: random tokens, and text where the
-            checkpoint has a tokenizer.
+        engine: a folder, whose files are held against its manifest first, a loaded engine, or a bare runner.
+        checkpoint: the folder or file that the engine was built from, or it opened. A folder's manifest says which it must be.
+        prompts: texts, or lists of token ids, which the engine continues greedily. Unless given: random tokens, and text where
+            the checkpoint has a tokenizer.
         decode_steps: tokens decoded after each prompt; 64 unless given, or half the model's length where that is less.
         seed: of the random tokens.
         precision: what the engine computes in and stores, itself or by its name in ``runtime``. Unless given: what the
             manifest says, else float32 everywhere.
         runtime: the runtime in whose words ``precision`` is; what the manifest says, else "onnxruntime".
         quantization: another idea of the engine's weights than ``precision`` gives.
-        taps: gives the engine's hidden states for the check layer by layer: token ids [T] to name -> float32 [T, E].
+        taps: gives values inside the engine for the check layer by layer: token ids [T] to name -> float32 [T, n]. A folder's
+            engine is tapped in its own graph unless given.
         float64_limit_bytes: the reference is float64 where the model fits in so many bytes, else float32; the report says which.
         name: heads the report; the manifest's unless given.
         progress: called with what is being done and the part that is done.
@@ -83,236 +75,189 @@ def verify(
         The report. Numbers that disagree are no exception: they are the verdict "fail".
 
     Raises:
-        EngineError: the engine misbehaves.
+        EngineError: the engine misbehaves, or was built from another checkpoint.
+        EngineFileError, RunnerError: a folder's file is not what its manifest says, or it cannot be run here.
         CheckpointError, ConfigError: bad input.
     """
-    checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
-    runner, owned, own_name, declared, declared_runtime = _runner_of(engine)
-    try:
-        _check_sizes(runner, checkpoint)
-        precision = precision_of(runtime or declared_runtime, precision) if isinstance(precision, str) else precision or declared
-        work = _Work(checkpoint, precision.arithmetic, quantization or quantization_of(precision), float64_limit_bytes, progress)
-        with loadable_folder(checkpoint) as folder:
-            sequences, original = work.original(folder, checkpoint, prompts, runner.max_length, decode_steps, seed)
-            reference, audit = work.reference(folder, sequences, original)
-            perturbed = work.perturbed(folder, sequences, seed)
-            noise = work.noise(folder, sequences)
-        work.tell("running the engine")
-        outputs = run_engine(runner, sequences, taps)
-    finally:
-        if owned is not None:
-            owned.close()
-    work.tell("comparing")
-    return work.report(name or own_name, sequences, original, reference, noise, outputs, audit, perturbed)
-
-
-class _Work:
-    """The steps of one verification; every PyTorch model is dropped before the next is loaded."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        precision: str,
-        quantization: Quantization | None,
-        limit: int,
-        progress: Progress,
-    ) -> None:
-        self.precision = precision
-        self.quantization = quantization
-        self.progress = progress
-        self.done = 0
-        self.steps = 5 if quantization is None else 6
-        parameters = sum(int(np.prod(expected.shape)) for expected in expected_tensors(checkpoint.spec).values())
-        self.wide = "float64" if 8 * parameters <= limit else "float32"
-
-    def tell(self, what: str) -> None:
-        self.progress(what, self.done / self.steps)
-        self.done += 1
-
-    def original(
-        self,
-        folder: Path,
-        checkpoint: Checkpoint,
-        prompts: Sequence[str | Sequence[int]] | None,
-        length: int,
-        steps: int | None,
-        seed: int,
-    ) -> tuple[list[TokenSequence], list[Outputs]]:
-        """The sequences, and the unquantised model's outputs in the wide precision."""
-        self.tell(f"running PyTorch in {self.wide}")
-        model = TorchReference(folder, self.wide)
+    with contextlib.ExitStack() as held:
+        if not isinstance(checkpoint, Checkpoint):
+            checkpoint = held.enter_context(open_checkpoint(checkpoint))
+        source = held.enter_context(opened(engine, checkpoint, part_of(progress, 0.0, 0.1)))
+        _check_sizes(source.runner, checkpoint)
+        if isinstance(precision, str):
+            precision = precision_of(runtime or source.runtime, precision)
+        precision = precision or source.precision
         sequences = make_sequences(
             checkpoint,
             prompts,
-            max_length=min(length, checkpoint.spec.max_length),
-            decode_steps=steps,
+            max_length=min(source.runner.max_length, checkpoint.spec.max_length),
+            decode_steps=decode_steps,
             seed=seed,
-            continue_greedily=model.continue_greedily,
+            continue_greedily=partial(continue_greedily, source.runner),
         )
-        return sequences, _run(model, sequences)
+        tell = part_of(progress, 0.1, 0.3)
+        logits = run_engine(source.runner, sequences, source.scratch, _counted(tell, "running the engine", sequences))
+        source.release()
+        seen = _tapped(taps or source.taps(), sequences, source.scratch)
+        quantization = quantization or quantization_of(precision)
+        plan = _plan(checkpoint, precision.arithmetic, quantization, float64_limit_bytes, seed)
+        angles = Angles(plan.reference, seen)
+        outputs = run_reference(
+            checkpoint,
+            [sequence.tokens for sequence in sequences],
+            plan.variants,
+            scratch=source.scratch,
+            on_taps=angles,
+            progress=part_of(progress, 0.3, 0.9),
+        )
+        progress("comparing", 0.9)
+        return report_of(
+            _compared(plan, sequences, logits, outputs, angles),
+            name=name or source.name,
+            subject=source.subject,
+        )
 
-    def reference(
-        self, folder: Path, sequences: list[TokenSequence], original: list[Outputs]
-    ) -> tuple[list[Outputs], WeightAudit | None]:
-        """What the engine should compute: the original, or the same with quantised weights."""
-        if self.quantization is None:
-            self.tell("using that run as the reference")
-            return original, None
-        self.tell(f"running PyTorch in {self.wide} with quantised weights")
-        model = TorchReference(folder, self.wide)
-        audit = put_quantized_weights(model.model, self.quantization)
-        return _run(model, sequences), audit
 
-    def perturbed(self, folder: Path, sequences: list[TokenSequence], seed: int) -> list[Outputs]:
-        """For a quantised engine, the original with its weights moved at random within half a step; else nothing.
+@dataclass(frozen=True)
+class Plan:
+    """Which ways the PyTorch model is run. `reference`: the variant that the engine should agree with."""
 
-        float32 is wide enough: its noise is hundreds of times below the smallest step's effect.
-        """
-        if self.quantization is None:
-            return []
-        self.tell("running PyTorch with random errors of the format's step")
-        model = TorchReference(folder, "float32")
-        put_perturbed_weights(model.model, self.quantization, seed)
-        return _run(model, sequences)
-
-    def noise(self, folder: Path, sequences: list[TokenSequence]) -> list[Outputs]:
-        """What PyTorch computes in the engine's precision.
-
-        Where the reference itself is float32, a float32 run with another attention kernel (another order of
-        summation) stands in.
-        """
-        self.tell(f"running PyTorch in {self.noise_name}")
-        other_kernel = self.precision == self.wide and not self._rounds_activations
-        model = TorchReference(folder, self.precision, attention="sdpa" if other_kernel else "eager")
-        if self.quantization is not None:
-            put_quantized_weights(model.model, self.quantization)
-            if self.quantization.activation_block is not None:
-                quantize_activations(model.model, self.quantization)
-        return _run(model, sequences)
+    wide: str
+    precision: str
+    quantization: Quantization | None
+    variants: tuple[Variant, ...]
+    audit: WeightAudit | None
 
     @property
-    def _rounds_activations(self) -> bool:
-        return self.quantization is not None and self.quantization.activation_block is not None
+    def reference(self) -> str:
+        """The name of the variant that the engine should agree with."""
+        return ORIGINAL if self.quantization is None else QUANTIZED
 
-    @property
-    def noise_name(self) -> str:
-        """In words, what the noise is."""
-        words = self.precision
-        if self.quantization is not None:
-            words += f" with {self.quantization.describe().split(',')[0]} weights"
-            words += " and int8 activations" if self._rounds_activations else ""
-        if self.precision == self.wide and not self._rounds_activations:
-            words += ", another attention kernel"
-        return words
 
-    def report(
-        self,
-        name: str,
-        sequences: list[TokenSequence],
-        original: list[Outputs],
-        reference: list[Outputs],
-        noise: list[Outputs],
-        engine: list[Outputs],
-        audit: WeightAudit | None,
-        perturbed: list[Outputs],
-    ) -> ParityReport:
-        """Distances, checks, verdict, summary."""
-        ours, floor, lost, end_to_end = (
-            [distance(a, b, s.tokens) for a, b, s in zip(base, run, sequences, strict=True)]
-            for base, run in (
-                (reference, engine),
-                (reference, noise),
-                (original, reference),
-                (original, engine),
+def _plan(checkpoint: Checkpoint, precision: str, quantization: Quantization | None, limit: int, seed: int) -> Plan:
+    parameters = sum(int(np.prod(expected.shape)) for expected in expected_tensors(checkpoint.spec).values())
+    wide = "float64" if 8 * parameters <= limit else "float32"
+    rounds = quantization is not None and quantization.activation_block is not None
+    # Where the reference itself is in the engine's precision, another kernel (another order of summation) stands in.
+    attention = "sdpa" if precision == wide and not rounds else "eager"
+    if quantization is None:
+        noise = Variant(NOISE, precision, attention, tapped=True)
+        return Plan(wide, precision, None, (Variant(ORIGINAL, wide, tapped=True), noise), None)
+    change = QuantizedWeights(quantization)
+    block = quantization.activation_block
+    round_input = None if block is None else lambda x: round_to_int8(x, block or x.shape[-1])
+    return Plan(
+        wide,
+        precision,
+        quantization,
+        (
+            Variant(ORIGINAL, wide),
+            Variant(QUANTIZED, wide, change=change, tapped=True),
+            Variant(NOISE, precision, attention, change, round_input, tapped=True),
+            # float32 is wide enough here: its noise is hundreds of times below the smallest step's effect.
+            Variant(PERTURBED, "float32", change=PerturbedWeights(quantization, seed)),
+        ),
+        change.audit,
+    )
+
+
+@dataclass
+class Angles:
+    """Compares taps while the reference's layer is there: for the engine and the noise, by sequence, name -> [T]."""
+
+    reference: str
+    seen: Sequence[Mapping[str, NDArray[np.floating]]]
+    engine: list[dict[str, Array]] = field(default_factory=list)
+    noise: list[dict[str, Array]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.engine, self.noise = [{} for _ in self.seen], [{} for _ in self.seen]
+
+    def __call__(self, index: int, values: Mapping[str, Taps]) -> None:
+        """The values of one sequence, by variant."""
+        for name, value in values[self.reference].items():
+            if name in self.seen[index]:
+                self.engine[index][name] = tap_distance(name, value, self.seen[index][name])
+                self.noise[index][name] = tap_distance(name, value, values[NOISE][name])
+
+    def check(self) -> None:
+        """Raise EngineError for an engine whose taps are all unknown."""
+        if any(self.seen) and not any(self.engine):
+            foreign = sorted(name for seen in self.seen for name in seen)
+            raise EngineError(
+                "none of the engine's taps is known", expected="embed, layers.0.mlp.update, ...", found=", ".join(foreign[:4])
             )
-        )
-        size = float(np.sqrt(np.mean([np.mean(np.square(t.logits)) for t in reference])))
-        measured = Measured(sequences, ours, floor, size, self.precision)
-        loss = None
-        if perturbed:
-            random = [distance(a, b, s.tokens) for a, b, s in zip(original, perturbed, sequences, strict=True)]
-            loss = Loss(lost, random)
-        found = checks(measured, audit, loss)
-        verdict = verdict_of(found)
-        summary: dict[str, Any] = {
-            "verdict": verdict,
-            "engine": name,
-            "reference": f"PyTorch {self.wide}" + (" with the same quantised weights" if audit else ""),
-            "noise": f"PyTorch {self.noise_name}",
-            "sequences": len(sequences),
-            "positions": sum(len(s.tokens) for s in sequences),
-            "decode_steps": max(len(s.tokens) - s.prompt_length for s in sequences),
-            "max_abs_logit_error": _joined(ours, "max_abs", np.max),
-            "max_abs_logit_noise": _joined(floor, "max_abs", np.max),
-            "kl_mean": _joined(ours, "kl", np.mean),
-            "kl_max": _joined(ours, "kl", np.max),
-            "kl_mean_noise": _joined(floor, "kl", np.mean),
-            "cosine_min": _joined(ours, "cosine", np.min),
-            "norm_ratio": {
-                "min": _joined(ours, "norm_ratio", np.min),
-                "max": _joined(ours, "norm_ratio", np.max),
-            },
-            "top1_agreement": _joined(ours, "top1", np.mean),
-            "stable_positions": float(np.mean(np.concatenate(stable_positions(measured)))),
-            "first_divergence": _first_divergence(found),
-            "taps": len(tap_names(ours)),
-            "gate": {"mean": MEAN_MULTIPLE, "worst position": WORST_MULTIPLE, "quantisation loss": LOSS_MULTIPLE},
-            "decided": f"{sum(check.sample > 0 for check in found)} of {len(found)} checks",
-            "not_applicable": [check.name for check in found if not check.sample],
-            "failed_checks": [check.name for check in found if check.failed],
-        }
-        if self.quantization is not None:
-            summary["quantization"] = self.quantization.describe()
-            summary["quantization_loss"] = _loss(sequences, lost)
-            summary["engine_loss"] = _loss(sequences, end_to_end)
-        results = [
-            SequenceResult(
-                name=sequence.name,
-                prompt_length=sequence.prompt_length,
-                kl=e.kl.tolist(),
-                kl_noise=n.kl.tolist(),
-                max_abs=e.max_abs.tolist(),
-                max_abs_noise=n.max_abs.tolist(),
-                margin=e.margin.tolist(),
-                stable_margin=stable_margin(measured),
-                other_choice=np.flatnonzero(~e.top1).tolist(),
-                angles={tap: float(values.mean()) for tap, values in e.angles.items()},
-                angles_noise={tap: float(n.angles[tap].mean()) for tap in e.angles if tap in n.angles},
-            )
-            for sequence, e, n in zip(sequences, ours, floor, strict=True)
-        ]
-        return ParityReport(verdict, summary, found, results)
 
 
-def _run(model: TorchReference, sequences: list[TokenSequence]) -> list[Outputs]:
-    outputs = [model.run(sequence.tokens) for sequence in sequences]
-    del model.model  # two copies of a large model must never be alive together
-    gc.collect()
-    return outputs
+def _compared(
+    plan: Plan,
+    sequences: list[TokenSequence],
+    engine: Sequence[NDArray[np.floating]],
+    outputs: Mapping[str, Sequence[NDArray[np.floating]]],
+    angles: Angles,
+) -> Comparison:
+    angles.check()
+
+    def measure(
+        base: str, run: Sequence[NDArray[np.floating]], taps: Sequence[Mapping[str, Array]] | None = None
+    ) -> list[Distance]:
+        taps = taps or [{}] * len(sequences)
+        return [distance(a, b, s.tokens, found) for a, b, s, found in zip(outputs[base], run, sequences, taps, strict=True)]
+
+    reference = outputs[plan.reference]
+    squares = sum(float(np.sum(np.square(block, dtype=np.float64))) for logits in reference for block in _blocks(logits))
+    measured = Measured(
+        sequences,
+        measure(plan.reference, engine, angles.engine),
+        measure(plan.reference, outputs[NOISE], angles.noise),
+        float(np.sqrt(squares / sum(logits.size for logits in reference))),
+        plan.precision,
+    )
+    lost = measure(ORIGINAL, reference) if plan.quantization is not None else []
+    return Comparison(
+        measured=measured,
+        wide=plan.wide,
+        noise=_noise_name(plan),
+        quantization=plan.quantization,
+        audit=plan.audit,
+        loss=Loss(lost, measure(ORIGINAL, outputs[PERTURBED])) if plan.quantization is not None else None,
+        end_to_end=measure(ORIGINAL, engine) if plan.quantization is not None else [],
+    )
 
 
-def _joined(distances: list[Distance], field: str, reduce: Callable[[Any], Any]) -> float:
-    return float(reduce(np.concatenate([getattr(d, field) for d in distances])))
+def _blocks(logits: NDArray[np.floating]) -> Iterator[NDArray[np.floating]]:
+    for start in range(0, len(logits), 16):
+        yield logits[start : start + 16]
 
 
-def _loss(sequences: list[TokenSequence], distances: list[Distance]) -> dict[str, float]:
-    """Against the original weights: KL and agreement everywhere; perplexities on text if there is any."""
-    text = [d for s, d in zip(sequences, distances, strict=True) if s.is_text] or distances
-    before, after = (float(np.exp(np.mean(np.concatenate([d.nll[i] for d in text])))) for i in (0, 1))
-    return {
-        "kl_mean": _joined(distances, "kl", np.mean),
-        "kl_max": _joined(distances, "kl", np.max),
-        "top1_agreement": _joined(distances, "top1", np.mean),
-        "perplexity_original": before,
-        "perplexity": after,
-        "perplexity_change": after / before - 1,
-    }
+def _noise_name(plan: Plan) -> str:
+    """In words, what the noise is."""
+    words = plan.precision
+    noise = next(variant for variant in plan.variants if variant.name == NOISE)
+    if plan.quantization is not None:
+        words += f" with {plan.quantization.describe().split(',')[0]} weights"
+        words += " and int8 activations" if noise.round_input is not None else ""
+    return words + (", another attention kernel" if noise.attention != "eager" else "")
 
 
-def _first_divergence(found: Sequence[Any]) -> str | None:
-    """The first tap whose angle leaves its limit: where to start looking."""
-    bad = next((check for check in found if check.name.startswith("angle at ") and check.failed), None)
-    return None if bad is None else bad.name.removeprefix("angle at ").split(",")[0]
+def _tapped(taps: TapFunction | None, sequences: list[TokenSequence], scratch: Scratch) -> list[dict[str, NDArray[np.floating]]]:
+    if taps is None:
+        return [{} for _ in sequences]
+    return [
+        {name: scratch.kept(value) for name, value in taps(np.asarray(sequence.tokens, dtype=np.int64)).items()}
+        for sequence in sequences
+    ]
+
+
+def _counted(progress: Progress, what: str, sequences: Sequence[TokenSequence]) -> Callable[[], None]:
+    steps, done = sum(len(s.tokens) - s.prompt_length + 1 for s in sequences), 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        progress(what, min(1.0, done / steps))
+
+    return tick
 
 
 def _check_sizes(runner: Runner, checkpoint: Checkpoint) -> None:
@@ -323,32 +268,3 @@ def _check_sizes(runner: Runner, checkpoint: Checkpoint) -> None:
             found=str(runner.vocab_size),
             remedy="pass the checkpoint that the engine's manifest names",
         )
-
-
-def _runner_of(engine: Any) -> tuple[Runner, Any, str, Precision, str]:
-    """(runner, what to close afterwards or None, name, precision, runtime) of whatever was passed as an engine."""
-    owned = None
-    if isinstance(engine, str | os.PathLike):
-        from engines.runtime.compatibility import slots_for
-        from engines.runtime.engine import load_engine
-        from engines.runtime.manifest import read_manifest
-
-        owned = engine = load_engine(Path(engine), num_slots=slots_for(read_manifest(Path(engine)), PARITY_SLOTS))
-    manifest = getattr(engine, "manifest", None)
-    runner: Any = engine
-    for holder in (engine, getattr(engine, "scheduler", None)):
-        if getattr(holder, "runner", None) is not None:
-            runner = holder.runner  # type: ignore[union-attr]
-            break
-    missing = [part for part in ("open", "close", "prefill", "decode", "vocab_size") if not hasattr(runner, part)]
-    if missing:
-        if owned is not None:
-            owned.close()
-        raise EngineError(
-            "this is not an engine",
-            expected="a folder, a loaded engine or a runner",
-            found=type(engine).__name__,
-        )
-    if manifest is None:
-        return runner, owned, type(runner).__name__, plain("fp32", "float32"), "onnxruntime"
-    return runner, owned, manifest.name, recorded_precision(manifest), manifest.target.runtime

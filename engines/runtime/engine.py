@@ -22,6 +22,7 @@ from .runner import Runner, Tokens
 from .sampling import SamplingParams
 from .scheduler import Scheduler
 from .text import TOKENIZER_NAME, TextStream, Tokenizer
+from .verdict import standing
 
 _USUAL_SLOTS = 8
 PREFILL_CHUNK, MAX_QUEUE = 256, 1024
@@ -286,7 +287,7 @@ def load_engine(
         The engine, a context manager.
 
     Raises:
-        EngineFileError: the folder, its manifest or a file of it is not what it should be.
+        EngineFileError: the folder, its manifest, a file of it or its verdict is not what it should be.
         MissingRuntimeError: the runtime's library is not installed.
         RunnerError: the runtime refuses the engine, or this machine cannot run it.
         RequestError: a number is out of range.
@@ -302,6 +303,7 @@ def load_engine(
     check_files(folder, manifest, digests=verify_files)
     if tokenizer is None and (folder / TOKENIZER_NAME).exists():
         tokenizer = Tokenizer.load(contained_path(folder, TOKENIZER_NAME))
+    standing(folder, manifest)  # an engine that failed or has no verdict is loaded, one whose verdict is another's is not
     slots = slots_for(manifest, _USUAL_SLOTS) if num_slots is None else num_slots
     runner = open_runner(folder, manifest, slots, threads)
     return Engine(runner, manifest, tokenizer, prefill_chunk=prefill_chunk, max_queue=max_queue)

@@ -29,21 +29,30 @@ def add_inspect(command: Command) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from engines.runtime.errors import ServingError
     from engines.runtime.manifest import read_manifest, verify_files
+    from engines.runtime.verdict import standing
 
     manifest = read_manifest(args.engine)
     with Bar() as bar:
         verify_files(args.engine, manifest, digests=not args.quick, progress=bar)
+    trouble, verdict = None, ""
+    try:
+        verdict = standing(args.engine, manifest)
+    except ServingError as error:
+        trouble = error
     if args.json:
         print(json.dumps(manifest.to_dict(), indent=2))
     else:
-        for line in _lines(manifest, args.engine, args.quick):
+        for line in _lines(manifest, args.engine, args.quick, verdict):
             print(line)
+    if trouble is not None:
+        raise trouble
     # With --json standard output is JSON alone.
     return 0 if args.on is None else _tell_whether_it_loads(manifest, args.on, sys.stderr if args.json else sys.stdout)
 
 
-def _lines(manifest: Any, folder: Path, quick: bool) -> Iterable[str]:
+def _lines(manifest: Any, folder: Path, quick: bool, verdict: str) -> Iterable[str]:
     target, model, flags = manifest.target, manifest.model, manifest.flags
     size = sum(entry.bytes for entry in manifest.files.values())
     yield f"engine   {_some([manifest.name])}, built {_some([manifest.created])}"
@@ -63,7 +72,8 @@ def _lines(manifest: Any, folder: Path, quick: bool) -> Iterable[str]:
     else:
         page = manifest.parity.get("html")
         where = f"  (report: {folder / plain(page, 100)})" if isinstance(page, str) else ""
-        yield f"parity   {manifest.parity['verdict']}{where}"
+        said = {"unbound": "unknown: the verdict does not say which files it was reached on", "": "none that holds"}
+        yield f"parity   {said.get(verdict, verdict)}{where if verdict in ('pass', 'fail') else ''}"
 
 
 def _some(items: Iterable[object]) -> str:

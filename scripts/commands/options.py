@@ -84,7 +84,7 @@ class Bar:
     def __init__(self) -> None:
         from tqdm import tqdm
 
-        layout = "{percentage:3.0f}%|{bar:30}| {desc}"
+        layout = "{percentage:3.0f}%|{bar:30}| {remaining} left, {desc}"
         shown = sys.stderr is not None and sys.stderr.isatty()
         self._bar = tqdm(total=1.0, bar_format=layout, disable=None if shown else True)
 

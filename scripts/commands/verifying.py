@@ -1,60 +1,132 @@
 """verify: an engine held against PyTorch on its checkpoint."""
 
-import argparse
-import json
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-from ngpt.errors import BuildError, ParityFailedError
+import argparse
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ngpt.errors import BuildError, ParityFailedError, os_trouble
 from scripts.commands.options import Bar, Command, positive
 from scripts.terminal import plain
+
+if TYPE_CHECKING:
+    from engines.parity.report import ParityReport
 
 
 def add_verify(command: Command) -> None:
     """`ngpt-deploy verify`."""
-    verify = command("verify", _verify, "Compare an engine with PyTorch on its checkpoint and write the report.")
+    verify = command("verify", _verify, "Compare an engine with PyTorch on its checkpoint and record the verdict in its folder.")
     verify.add_argument("engine", type=Path, help="engine folder; its files are held against its manifest first")
-    verify.add_argument("--checkpoint", required=True, help="the checkpoint that the engine was built from")
+    verify.add_argument("--checkpoint", help="the checkpoint that the engine was built from, to the bit")
     verify.add_argument(
         "--decode-steps",
         type=positive,
         help="teacher-forced decode steps per prompt; 64, or half the model's length, if not given",
     )
     verify.add_argument(
-        "--report", type=Path, help="folder for parity.json and parity.html; a new one beside the engine if not given"
+        "--report", type=Path, help="folder that gets parity.json and parity.html, too; the engine's own alone if not given"
+    )
+    verify.add_argument(
+        "--no-record", action="store_true", help="leave the engine's folder as it is: the report alone is written"
+    )
+    verify.add_argument(
+        "--adopt",
+        type=Path,
+        metavar="REPORT",
+        help="record the verdict of a parity.json from another machine, where these same files were verified; nothing is run",
     )
     verify.add_argument("--json", action="store_true", help="print JSON alone: the verdict and its numbers")
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from engines.build import verify_folder
-    from engines.runtime.manifest import read_manifest, verify_files
-    from ngpt.checkpoint import open_checkpoint
+    from engines.record import record_verdict
 
     engine = args.engine.absolute()  # a name of its own, too, where "." was given
-    verify_files(engine, read_manifest(engine))
-    beside = engine.with_name(engine.name + "-parity")
-    report = args.report or beside
-    if report.exists() and report.samefile(engine):
+    _check_options(args, engine)
+    with _place(args.report):
+        report = _adopted(args.adopt, engine) if args.adopt is not None else _compared(args, engine)
+    place = args.report or engine
+    if args.report is not None:
+        report.write(args.report)
+    if not args.no_record:
+        record_verdict(engine, report)
+    elif args.report is None:
+        place = engine.with_name(engine.name + "-parity")
+        report.write(place)
+    if args.json:
+        files = {"report": str(place / "parity.json"), "html": str(place / "parity.html")}
+        print(json.dumps({**report.headlines(), **files}, indent=2))
+    else:
+        for name, value in report.headlines().items():
+            if name != "verdict":
+                print(f"{name:<28} {_shown(value)}")
+    conclude(args.engine, report.verdict, place / "parity.html", quiet=args.json)
+    return 0
+
+
+def _check_options(args: argparse.Namespace, engine: Path) -> None:
+    if (args.checkpoint is None) == (args.adopt is None):
         raise BuildError(
-            "--report is the engine's own folder, whose report is part of it",
-            expected="another folder",
-            found=str(report),
-            remedy=f"leave --report out: it is then {beside}",
+            "what to compare the engine with",
+            expected="one of --checkpoint DIR and --adopt REPORT",
+            found="neither" if args.adopt is None else "both",
         )
+    if args.report is not None and args.report.exists() and args.report.samefile(engine):
+        raise BuildError(
+            "--report is the engine's own folder, which gets the report with the verdict",
+            expected="another folder",
+            found=str(args.report),
+            remedy="leave --report out",
+        )
+
+
+@contextlib.contextmanager
+def _place(report: Path | None) -> Iterator[None]:
+    """The report's folder is made before anything is run for minutes, and taken away where that comes to nothing."""
+    if report is None:
+        yield
+        return
+    made = not report.exists()
+    try:
+        report.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        found, remedy = os_trouble(error)
+        raise BuildError(f"the report cannot be written to {report}", found=found, remedy=remedy) from error
+    try:
+        yield
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):
+                report.rmdir()
+        raise
+
+
+def _compared(args: argparse.Namespace, engine: Path) -> ParityReport:
+    from engines.parity.verify import verify
+    from ngpt.checkpoint import open_checkpoint
+
     # The text of the comparison is the engine's own: it may have been built with another tokenizer than the checkpoint's.
     own = engine if (engine / "tokenizer.json").is_file() else None
-    with open_checkpoint(args.checkpoint, tokenizer=own) as checkpoint:
-        with Bar() as bar:
-            summary = verify_folder(engine, checkpoint, decode_steps=args.decode_steps, report=report, progress=bar)
-    if args.json:
-        print(json.dumps(summary, indent=2))
-    else:
-        for name, value in summary.items():
-            if name not in ("verdict", "report", "html"):
-                print(f"{name:<28} {_shown(value)}")
-    conclude(args.engine, summary["verdict"], report / summary["html"], quiet=args.json)
-    return 0
+    with open_checkpoint(args.checkpoint, tokenizer=own) as checkpoint, Bar() as bar:
+        return verify(engine, checkpoint, decode_steps=args.decode_steps, progress=bar)
+
+
+def _adopted(path: Path, engine: Path) -> ParityReport:
+    """The report of another machine; `record_verdict` holds its subject against the engine's manifest, this the files."""
+    from engines.parity.report import ParityReport
+    from engines.runtime.manifest import read_manifest, verify_files
+    from engines.runtime.verdict import check_subject, read_report
+
+    report = ParityReport.from_dict(read_report(path))
+    manifest = read_manifest(engine)
+    check_subject(report.subject or {}, manifest)
+    with Bar() as bar:
+        verify_files(engine, manifest, progress=bar)
+    return report
 
 
 def _shown(value: Any) -> str:

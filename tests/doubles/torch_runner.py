@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache
 
-from engines.parity.reference import TorchReference
 from ngpt.layers import hypersphere_update
+from tests.doubles.torch_reference import TorchReference
 
 FAULTS = ("inverse_scale", "swapped_head", "signed_alpha", "skipped_layer", "unsquared_sqk", "late_decode", "lost_chunk")
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from engines.backends import Written
-from engines.backends.protocol import deployed
 from engines.memory import total_bytes
 from engines.runtimes import Runtime
 from export.lowerings.base import Lowering
@@ -119,9 +118,8 @@ class ToyBackend:
         np.savez(folder / GRAPH, **arrays)
         return Written(GRAPH, {"form": job.target.form})
 
-    def taps(self, manifest, precision, checkpoint, scratch):
-        weights = deployed(checkpoint, precision)
-        weights._replace = lambda name, value: precision.format_of(name).round_trip(value)
+    def taps(self, folder, manifest, precision, scratch):
+        weights = Stored(folder / manifest.graph, precision)
 
         def run(ids):
             ops = ToyLowering(weights, ids[None])

@@ -9,7 +9,6 @@ import pytest
 
 import engines.record
 from engines import build_engine, load_engine
-from engines.build import verify_folder
 from engines.parity import verify
 from engines.record import recorded_precision
 from engines.runtime.errors import EngineFileError
@@ -61,9 +60,13 @@ def test_an_engine_of_version_0_1_loads_and_answers():
 def test_an_engine_of_version_0_1_is_inspected_verified_and_packaged(tmp_path, capsys):
     assert main(["inspect", str(OLD)]) == 0
     with open_checkpoint(GOLDEN / "gqa") as checkpoint:
-        summary = verify_folder(OLD, checkpoint, decode_steps=8, report=tmp_path / "report")
+        summary = verify(OLD, checkpoint, decode_steps=8).summary
     assert summary["verdict"] == "pass" and summary["quantization"] == "int8, blocks of 32"
-    assert main(["package", str(OLD), "--output", str(tmp_path / "models")]) == 0
+    assert main(["package", str(OLD), "--output", str(tmp_path / "models")]) == 2
+    assert "which files it was reached on" in capsys.readouterr().err
+    shutil.copytree(OLD, tmp_path / "engine")
+    assert main(["verify", str(tmp_path / "engine"), "--checkpoint", str(GOLDEN / "gqa"), "--decode-steps", "8"]) == 0
+    assert main(["package", str(tmp_path / "engine"), "--output", str(tmp_path / "models")]) == 0
 
 
 @pytest.mark.parametrize(

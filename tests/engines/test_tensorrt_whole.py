@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from engines import load_engine
-from engines.build import build_engine, verify_folder
+from engines.build import build_engine
+from engines.parity import verify
 from engines.runtime.manifest import read_manifest, write_manifest
 from export.lowerings.tensorrt.library import load_library
 from export.precision import TENSORRT
@@ -66,7 +67,7 @@ def test_golden_tokens_from_a_built_engine(built, case, composed):
 def test_verify_passes_a_right_engine_in_every_precision(built, precision, tmp_path):
     folder = built("gqa", precision)
     with open_checkpoint(GOLDEN / "gqa") as checkpoint:
-        summary = verify_folder(folder, checkpoint, decode_steps=16, report=tmp_path / "report")
+        summary = verify(folder, checkpoint, decode_steps=16).summary
     assert summary["verdict"] == "pass", summary["failed_checks"]
     assert ("quantization" in summary) == (precision in ("int8", "fp8", "int4"))
 
@@ -78,7 +79,7 @@ def test_verify_fails_an_engine_of_another_precision(built, tmp_path, monkeypatc
     target = dataclasses.replace(manifest.target, precision="fp16")
     write_manifest(folder, dataclasses.replace(manifest, target=target, precision=TENSORRT["fp16"].describe()))
     with open_checkpoint(GOLDEN / "gqa") as checkpoint:
-        summary = verify_folder(folder, checkpoint, decode_steps=8, report=tmp_path / "report")
+        summary = verify(folder, checkpoint, decode_steps=8).summary
     assert summary["verdict"] == "fail" and summary["failed_checks"]
 
 
@@ -87,7 +88,7 @@ def test_an_engine_for_one_sequence_is_verified_and_loaded_with_one_slot(built, 
     monkeypatch.setattr("engines.backends.tensorrt.check_fits", lambda spec, target: SimpleNamespace(sequences=lambda context: 1))
     folder = built("gqa", "fp32")
     with open_checkpoint(GOLDEN / "gqa") as checkpoint:
-        summary = verify_folder(folder, checkpoint, decode_steps=4, report=tmp_path / "report")
+        summary = verify(folder, checkpoint, decode_steps=4).summary
     assert summary["verdict"] == "pass"
     with load_engine(folder) as engine:
         assert engine.runner.num_slots == read_manifest(folder).flags["decode_batch"] == 1

@@ -65,7 +65,7 @@ def test_build_convert_and_verify_take_a_tokenizer_and_end_tokens(tmp_path):
     model = NGPTForCausalLM.from_pretrained(tmp_path / "hf")
     assert model.generation_config.eos_token_id == [91, 3] and (tmp_path / "hf" / "tokenizer.json").is_file()
     assert main(["verify", str(tmp_path / "engine"), "--checkpoint", str(case.folder), "--decode-steps", "4"]) == 0
-    report = json.loads((tmp_path / "engine-parity" / "parity.json").read_text())
+    report = json.loads((tmp_path / "engine" / "parity.json").read_text())
     named = [sequence["name"] for sequence in report["sequences"]]
     assert "text 0" in named, "the checkpoint has no tokenizer: the texts were read with the engine's"
 

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from engines.parity import verify
-from engines.parity.reference import TorchReference, loadable_folder
 from ngpt.checkpoint import open_checkpoint, save_hf
 from ngpt.errors import CheckpointError, ConfigError, CorruptFileError, NGPTDeployError, UnexpectedTensorError, UnsafeFormatError
+from tests.doubles.torch_reference import TorchReference, loadable_folder
 from tests.doubles.torch_runner import TorchRunner
 from tests.ngpt.making import GOLDEN, golden_config, golden_tensors, tokenizer, write_checkpoint, write_shards
 

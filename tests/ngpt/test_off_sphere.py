@@ -9,7 +9,6 @@ import torch
 from engines import load_engine
 from engines.build import build_engine
 from engines.parity.effect import logit_effect
-from engines.parity.reference import TorchReference
 from export.trtllm.fp8 import activation_scale
 from export.weights import DeployedWeights
 from ngpt.checkpoint import fold_scales, normalize, open_checkpoint, save_hf
@@ -17,6 +16,7 @@ from ngpt.checkpoint.value_checks import OFF_SPHERE_LIMIT
 from ngpt.errors import TensorValueError
 from ngpt.weights import Weights
 from scripts.cli import main
+from tests.doubles.torch_reference import TorchReference
 from tests.ngpt.making import GOLDEN, golden_tensors, write_checkpoint
 
 EMBED, UP, DOWN = "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.layers.2.mlp.down_proj.weight"
@@ -36,7 +36,7 @@ LARGE = {EMBED: {3: 3.0}, UP: {7: 0.5, 8: 1.2}, DOWN: {1: 2.0}}
 
 
 def logits(folder, ids):
-    return TorchReference(folder, "float64").run(tuple(ids)).logits
+    return TorchReference(folder, "float64").run(tuple(ids))[0]
 
 
 @pytest.mark.parametrize("target", ["cpu-fp32", "cpu-int8"])

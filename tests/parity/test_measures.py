@@ -4,10 +4,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from engines.parity.compare import angle, distance
-from engines.parity.outputs import Outputs
-from engines.parity.quantized import Quantization, WeightAudit, audit_weight, quantization_of, quantize_activations, round_to_int8
+from engines.parity.compare import distance
+from engines.parity.quantized import Quantization, WeightAudit, audit_weight, quantization_of, round_to_int8
 from engines.parity.svg import Chart, Line
+from engines.parity.taps import angle, tap_distance
 from export.precision import ONNX_RUNTIME, TENSORRT, Format
 
 
@@ -20,7 +20,7 @@ def test_angle_is_accurate_from_tiny_to_opposite(theta):
 
 def test_kl_is_that_of_the_reference_to_the_run():
     p, q = np.array([[0.5, 0.25, 0.25]]), np.array([[0.25, 0.5, 0.25]])
-    d = distance(Outputs(np.log(p)), Outputs(np.log(q)), (0,))
+    d = distance(np.log(p), np.log(q), (0,))
     assert d.kl[0] == pytest.approx(0.25 * np.log(2))
     assert not d.top1[0] and d.margin[0] == pytest.approx(np.log(2))
 
@@ -28,23 +28,22 @@ def test_kl_is_that_of_the_reference_to_the_run():
 def test_sqrt_kl_is_linear_in_the_error():
     random = np.random.default_rng(0)
     a, e = random.normal(size=(4, 50)), random.normal(size=(4, 50))
-    small, large = (np.sqrt(distance(Outputs(a), Outputs(a + s * e), (0,) * 4).kl) for s in (1e-5, 1e-3))
+    small, large = (np.sqrt(distance(a, a + s * e, (0,) * 4).kl) for s in (1e-5, 1e-3))
     np.testing.assert_allclose(large / small, 100, rtol=5e-3)
 
 
 def test_nll_is_of_the_next_token():
     logits = np.log(np.array([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]]))
-    before, after = distance(Outputs(logits), Outputs(logits), (0, 1, 0)).nll
+    before, after = distance(logits, logits, (0, 1, 0)).nll
     np.testing.assert_allclose(before, -np.log([0.1, 0.2]))
     np.testing.assert_array_equal(before, after)
 
 
 def test_a_nan_is_not_finite():
     logits = np.zeros((1, 3))
-    assert not distance(Outputs(logits), Outputs(np.array([[0.0, np.nan, 0.0]])), (0,)).finite
-    assert not distance(
-        Outputs(logits, {"embed": np.ones((1, 2))}), Outputs(logits, {"embed": np.full((1, 2), np.inf)}), (0,)
-    ).finite
+    assert not distance(logits, np.array([[0.0, np.nan, 0.0]]), (0,)).finite
+    taps = {"embed": tap_distance("embed", np.ones((1, 2)), np.full((1, 2), np.inf))}
+    assert not distance(logits, logits, (0,), taps).finite
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -53,15 +52,16 @@ def test_audit_measures_in_quantisation_steps(bits):
     before[:, ::32] = 1.0
     step = 2 / (2**bits - 1)
     audit, scheme = WeightAudit(), Quantization(bits, 32, lambda *_: before)
-    audit_weight(audit, "exact", before, np.round(before / step) * step, scheme)
+    audit.add("exact", audit_weight("exact", before, np.round(before / step) * step, scheme))
     assert 0.4 < audit.worst_step <= 0.501 and audit.worst_rms == pytest.approx(0.29, abs=0.03)
-    audit_weight(audit, "off", before, before + 3 * step, scheme)
+    audit.add("off", audit_weight("off", before[:3], before[:3], scheme))
+    audit.add("off", audit_weight("off", before[3:], before[3:] + 3 * step, scheme))
     assert audit.worst_name == "off" and audit.worst_step == pytest.approx(3, rel=1e-3)
 
 
 def test_audit_notices_a_zero_block_that_comes_back_nonzero():
     audit, zero = WeightAudit(), np.zeros((2, 32), np.float32)
-    audit_weight(audit, "zero", zero, zero + 1e-6, Quantization(4, 32, lambda *_: zero))
+    audit.add("zero", audit_weight("zero", zero, zero + 1e-6, Quantization(4, 32, lambda *_: zero)))
     assert audit.worst_step == np.inf
 
 
@@ -87,9 +87,10 @@ def test_the_audit_knows_float8s_step():
     quantization = quantization_of(TENSORRT["fp8"])
     before = np.random.default_rng(0).standard_normal((64, 96)).astype(np.float32)
     right, coarse = WeightAudit(), WeightAudit()
-    audit_weight(right, "w", before, quantization.round_trip("w", before), quantization)
+    right.add("w", audit_weight("w", before, quantization.round_trip("w", before), quantization))
     unit = np.abs(before).max(axis=1, keepdims=True) / 448
-    audit_weight(coarse, "w", before, (before / unit).astype(ml_dtypes.float8_e5m2).astype(np.float32) * unit, quantization)
+    narrow = (before / unit).astype(ml_dtypes.float8_e5m2).astype(np.float32) * unit
+    coarse.add("w", audit_weight("w", before, narrow, quantization))
     assert 0.4 < right.worst_step <= 0.51 and 0.25 < right.worst_rms < 0.31  # a little beyond half: the scale itself is float16
     assert 0.5 < coarse.worst_rms < 0.62
 
@@ -103,9 +104,18 @@ def test_activations_are_rounded_in_blocks_of_their_own():
     precision = dataclasses.replace(ONNX_RUNTIME["int8"], activations=Format("int8", 16))
     quantization = quantization_of(precision)
     assert (quantization.block_size, quantization.activation_block) == (32, 16)
-    model = torch.nn.ModuleDict({"lm_head": torch.nn.Linear(32, 32, bias=False)})
-    model["lm_head"].weight.data = torch.eye(32)
-    quantize_activations(model, quantization)
     x = torch.cat([torch.linspace(-1, 1, 16), torch.linspace(-0.01, 0.01, 16)])[None]
-    assert torch.equal(model["lm_head"](x), round_to_int8(x, 16)) and not torch.equal(round_to_int8(x, 16), round_to_int8(x, 32))
+    assert not torch.equal(round_to_int8(x, 16), round_to_int8(x, 32))
     assert quantization_of(ONNX_RUNTIME["fp32"]) is None and quantization_of(TENSORRT["int8"]).activation_block is None
+
+
+def test_where_the_length_counts_a_longer_value_is_another_one():
+    x = np.random.default_rng(0).standard_normal((3, 8))
+    assert (tap_distance("layers.0.mlp.act", x, 2 * x) == 0).all()
+    np.testing.assert_allclose(tap_distance("layers.0.attn.q_scaled", x, 2 * x), 1)
+    nothing = np.zeros((2, 4))
+    assert (tap_distance("layers.0.mlp.act", nothing, nothing) == 0).all()
+    np.testing.assert_allclose(tap_distance("layers.0.mlp.act", nothing, nothing + 1), np.pi / 2)
+    assert (tap_distance("layers.0.attn.v", nothing, nothing) == 0).all()
+    assert np.isinf(tap_distance("layers.0.attn.v", nothing, nothing + 1)).all()
+    assert np.isnan(tap_distance("layers.0.attn.v", x, x * np.nan)).all() and np.isnan(tap_distance("embed", x, x * np.nan)).all()

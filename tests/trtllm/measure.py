@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from engines.parity.prompts import TEXTS
-from engines.parity.reference import TorchReference
 from export.trtllm.parallel import Parallel
 from tests.conftest import TINY
+from tests.doubles.torch_reference import TorchReference
 from tests.trtllm.serving import Engine, converted
 
 
@@ -22,7 +22,7 @@ def main(folder: Path) -> None:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     texts = [np.array(tokenizer.encode(text).ids[:60]) for text in TEXTS]
     model = TorchReference(folder, "float32")
-    want = np.concatenate([model.run(tuple(map(int, ids))).logits for ids in texts])
+    want = np.concatenate([model.run(tuple(map(int, ids)))[0] for ids in texts])
     print(f"{sum(map(len, texts))} tokens of {folder.name}, tp 2")
     print(f"{'precision':15} {'relative rms error':>18} {'smallest cosine':>16} {'first choice':>12}")
     own = [(precision, "auto") for precision in ("fp32", "fp16", "bf16", "int8", "fp8", "int4")]

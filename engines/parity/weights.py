@@ -1,0 +1,101 @@
+"""What becomes of a weight before the reference uses it: rounded as the engine's format rounds, or moved at random. A block of
+rows at a time, on every core: an 8B model's head in float64 would take gigabytes."""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.parity.quantized import Quantization, WeightAudit, audit_weight
+
+if TYPE_CHECKING:
+    import torch
+
+_AT_ONCE = 1 << 20  # weights of a block: its float64 temporaries stay in the caches
+
+
+class Change(Protocol):
+    """A change of the quantised matrices and of the embedding table."""
+
+    def applies(self, module: str) -> bool:
+        """Whether a module's weight is changed, by its PyTorch name."""
+
+    def rows(self, module: str, first_row: int, before: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Some rows [n, in] of the weight, the first of them row `first_row`, changed. Called from several threads."""
+
+    def embedding(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of the embedding table, changed."""
+
+
+class _Rounded:
+    def __init__(self, quantization: Quantization) -> None:
+        self.quantization = quantization
+
+    def applies(self, module: str) -> bool:
+        return self.quantization.applies(module)
+
+    def embedding(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.half() if self.quantization.narrow_embedding else rows
+
+
+class QuantizedWeights(_Rounded):
+    """The weights after the exporter's round trip, each block of them audited against what it was."""
+
+    def __init__(self, quantization: Quantization) -> None:
+        super().__init__(quantization)
+        self.audit = WeightAudit()
+        self._lock = threading.Lock()
+
+    def rows(self, module: str, first_row: int, before: NDArray[np.float32]) -> NDArray[np.float32]:
+        after = self.quantization.round_trip(module, before)
+        found = audit_weight(module, before, after, self.quantization)
+        with self._lock:
+            self.audit.add(module, found)
+        return after
+
+
+class PerturbedWeights(_Rounded):
+    """The weights, to each of them an error added that is drawn evenly from half a step either side.
+
+    That is what rounding to nearest does to a weight, with the exporter's own rounding left out of it: the format's step alone
+    decides how far this model is from the original.
+    """
+
+    def __init__(self, quantization: Quantization, seed: int) -> None:
+        super().__init__(quantization)
+        self.seed = seed
+
+    def rows(self, module: str, first_row: int, before: NDArray[np.float32]) -> NDArray[np.float32]:
+        random = np.random.default_rng([self.seed, zlib.crc32(module.encode()), first_row])
+        blocks, step = self.quantization.blocks_and_step(module, before)
+        moved = blocks + step * (random.random(blocks.shape, dtype=np.float32) - np.float32(0.5))
+        return moved.reshape(len(before), -1)[:, : before.shape[1]].astype(np.float32)
+
+
+def changed(name: str, tensor: torch.Tensor, change: Change | None, *, first_row: int = 0) -> torch.Tensor:
+    """A stored tensor as the reference uses it: float32 where it is changed, else as it is. `first_row`: what row of the
+    parameter `name` the tensor begins with."""
+    module = name.removesuffix(".weight")
+    if change is None or module == name or not change.applies(module):
+        return tensor
+    import torch
+
+    out = torch.empty(tensor.shape, dtype=torch.float32)
+    step = max(1, _AT_ONCE // tensor.shape[1])
+
+    def work(start: int) -> None:
+        before = np.ascontiguousarray(tensor[start : start + step].float().numpy())
+        out[start : start + step] = torch.from_numpy(np.array(change.rows(module, first_row + start, before), np.float32))
+
+    starts = range(0, len(tensor), step)
+    if len(starts) == 1:
+        work(0)
+        return out
+    with ThreadPoolExecutor(max_workers=max(1, torch.get_num_threads())) as pool:
+        list(pool.map(work, starts))
+    return out
