@@ -110,7 +110,7 @@ def verify(
             on_taps=angles,
             progress=part_of(progress, 0.3, 0.9),
         )
-        progress("comparing", 0.9)
+        progress("comparing", 0.91)
         return report_of(
             _compared(plan, sequences, logits, outputs, angles),
             name=name or source.name,

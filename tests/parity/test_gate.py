@@ -271,7 +271,7 @@ def test_progress_counts_up():
         decode_steps=1,
         progress=lambda what, done: seen.append(done),
     )
-    assert seen == sorted(seen) and 0.1 < seen[0] < 0.2 and seen[-1] == pytest.approx(0.9) and len(seen) > 8
+    assert seen == sorted(seen) and 0.1 < seen[0] < 0.2 and seen[-1] == 0.91 and len(seen) > 8
 
 
 @pytest.fixture
