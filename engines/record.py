@@ -8,7 +8,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,8 +24,10 @@ from engines.runtime.manifest import (
     read_manifest,
     write_manifest,
 )
+from engines.runtime.verdict import REPORT_FILES, SIGNATURE_FILE, check_subject
 from engines.runtimes import precision_of
 from export.precision import Format, Precision
+from ngpt.atomic_folder import replace_file
 from ngpt.errors import NGPTDeployError
 
 if TYPE_CHECKING:
@@ -46,14 +48,17 @@ def record(folder: Path, job: Job, written: Written, name: str, tools: Mapping[s
     return manifest
 
 
-def record_verdict(folder: Path, report: ParityReport) -> Manifest:
+Signature = Callable[[Manifest, Mapping[str, str], str], str]
+
+
+def record_verdict(folder: Path, report: ParityReport, *, signature: Signature | None = None) -> Manifest:
     """Put a verdict and its report into an engine's folder, and return the manifest that says so. Killed at any moment, the
     folder is left with the old verdict, without one, or with the new one, and whole.
 
+    signature: makes the text of `SIGNATURE_FILE` from the engine's manifest, the report's digest by name, and the verdict.
+
     Raises EngineFileError where the report is about other files than the folder's, BuildError where nothing can be written.
     """
-    from engines.runtime.verdict import REPORT_FILES, check_subject
-
     with _alone(folder):
         manifest = read_manifest(folder)
         check_subject(report.subject or {}, manifest)
@@ -63,6 +68,13 @@ def record_verdict(folder: Path, report: ParityReport) -> Manifest:
             write_manifest(folder, dataclasses.replace(manifest, parity=None, files=files))
         data, page = report.write(folder)
         described = {path.name: describe_file(path) for path in (data, page)}
+        signed = folder / SIGNATURE_FILE
+        if signature is not None:
+            text = signature(manifest, {data.name: described[data.name].sha256}, report.verdict)
+            replace_file(signed, text)
+            described[signed.name] = describe_file(signed)
+        else:
+            signed.unlink(missing_ok=True)  # of an earlier verdict
         target = manifest.target
         if target.note.startswith(NOT_RUN):
             target = dataclasses.replace(target, note="")

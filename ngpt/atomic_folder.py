@@ -116,6 +116,19 @@ def scratch_folder(beside: Path) -> Iterator[Path]:
             os.close(lock)
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Write a text file that is there whole or as it was before. Raises OSError."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
 def check_free(output: Path, *, into_empty: bool = False, kind: type[NGPTDeployError] = BuildError) -> None:
     """Raise OutputExistsError if there is anything at `output`, `kind` if nothing can be there.
 

@@ -26,6 +26,8 @@ _EXTRAS = {
     "ml_dtypes": "onnx",
     "onnxruntime": "onnx",
     "llguidance": "guided",
+    "securesystemslib": "sign",
+    "cryptography": "sign",
 }
 _EXTRAS |= {"tritonclient": "serve", "google": "serve", "grpc": "serve", "pytriton": "serve"}
 _EXTRAS |= dict.fromkeys(("jinja2", "pydantic", "fastapi", "starlette", "uvicorn", "prometheus_client"), "openai")

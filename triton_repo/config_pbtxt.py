@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from triton_repo.interface import BACKEND, MODEL, PYTORCH, TEXT, TOKENS, Tensor, declared, inputs, outputs
 
 DEFAULT_NAME = "ensemble"
+_PARAMETER = re.compile(r'^parameters: { key: ("[^"]*"), value: { string_value: ("(?:[^"\\]|\\.)*") } }$', re.M)
 DECOUPLED = "model_transaction_policy { decoupled: true }"
 # What the text models and the tokens model hand to each other in a repository of TensorRT-LLM's layout.
 _PREPROCESSING = (
@@ -257,6 +259,11 @@ def _tensor(tensor: Tensor, *, optional: bool = False, more: str = "") -> str:
     ]
     parts += ["optional: true"] * optional + [more] * bool(more)
     return "{ " + ", ".join(parts) + " }"
+
+
+def parameters_of(config: str) -> dict[str, str]:
+    """The parameters of a configuration that was rendered here, by name."""
+    return {json.loads(key): json.loads(value) for key, value in _PARAMETER.findall(config)}
 
 
 def _parameters(values: Mapping[str, object]) -> list[str]:

@@ -18,6 +18,7 @@ from ngpt.checkpoint import open_checkpoint
 from ngpt.errors import PackagingError
 from ngpt.text_files import TOKENIZER_FILE, End
 from triton_repo.config_pbtxt import pytorch_model
+from triton_repo.copies import write_digests
 from triton_repo.package import copy_code, copy_files
 
 _FOLDER = "checkpoint"
@@ -105,4 +106,5 @@ def package_checkpoint(
         if text.ends_given:
             (version / _FOLDER / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (version / "model.yaml").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_digests(version, {})
     return output

@@ -23,6 +23,7 @@ from engines.runtime.engine import PREFILL_CHUNK
 from engines.runtime.errors import ServingError
 from engines.runtime.manifest import MANIFEST_NAME, Manifest, contained_path, read_manifest, verify_files, write_manifest
 from engines.runtime.verdict import standing
+from engines.signing import check_signature
 from ngpt.atomic_folder import check_free, new_folder
 from ngpt.errors import PackagingError
 from ngpt.text_files import CHAT_TEMPLATE, End, TextFiles, given_chat_template, given_tokenizer
@@ -33,10 +34,12 @@ from triton_repo.config_pbtxt import (
     backend_model,
     ensemble,
     own_model,
+    parameters_of,
     postprocessing,
     preprocessing,
     text_model,
 )
+from triton_repo.copies import write_digests
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ def package_engine(
     instances: int | None = None,
     gpus: Sequence[int] = (),
     chat_template: str | os.PathLike[str] | None = None,
+    require_signature: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Write a model repository: ``ensemble``, which holds tokenizer, scheduler and engine, ``tensorrt_llm``, the same by the
     names of a tokens model, ``preprocessing`` and ``postprocessing``.
@@ -135,6 +139,7 @@ def package_engine(
 
         add_special_tokens: whether the tokenizer adds its own (a bos) to a prompt unless a request says otherwise.
         chat_template: a jinja2 template in place of the tokenizer's own.
+        require_signature: a public key in PEM: the engine must hold a statement that it passed, signed with the private half.
         name: of the model that holds the engine, so that one server can have several; the others become ``NAME_tensorrt_llm``,
             ``NAME_preprocessing`` and ``NAME_postprocessing``.
         model_version: number of the version's folder, 1 if not given.
@@ -167,6 +172,8 @@ def package_engine(
         raise PackagingError("mount", expected="an absolute path such as /models", found=mount)
     check_free(output, kind=PackagingError)  # before gigabytes are hashed
     manifest = _checked_manifest(engine, allow_unverified, num_slots)
+    if require_signature is not None:
+        check_signature(engine, manifest, Path(require_signature))
     text = _text_files(engine, manifest, tokenizer, eos)
     if chat_template is not None:
         text.files[CHAT_TEMPLATE] = given_chat_template(chat_template)
@@ -208,12 +215,15 @@ def package_engine(
         for key, model in models.items():
             version = work / settings.named(key) / folder
             version.mkdir(parents=True)
-            (version.parent / "config.pbtxt").write_text(model.config(settings), encoding="utf-8")
+            config = model.config(settings)
+            (version.parent / "config.pbtxt").write_text(config, encoding="utf-8")
             if model.code:
                 copy_code(version, *model.code, runtime=True)
             if model.text and text.tokenizer_file is not None:
                 (version / "tokenizer").mkdir()
                 text.copy_to(version / "tokenizer")
+            if model.code:
+                write_digests(version, parameters_of(config))
             if model.engine:
                 _copy_engine(engine, manifest, version / "engine")
     return output
@@ -310,6 +320,7 @@ def copy_code(version: Path, model: str, *templates: str, runtime: bool = False)
     beside it."""
     shutil.copyfile(_HERE / "templates" / model, version / "model.py")
     for name in (
+        "copies.py",
         "interface.py",
         "serving_inputs.py",
         "tensors.py",

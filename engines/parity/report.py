@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from engines.parity.gate import Check, verdict_of
 from engines.parity.svg import COLORS, Chart, Line
 from engines.runtime.errors import EngineFileError
+from ngpt.atomic_folder import replace_file
 from ngpt.errors import BuildError, missing_package
 
 if TYPE_CHECKING:
@@ -107,8 +107,8 @@ class ParityReport:
         text, page = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", self.to_html()
         try:
             out.mkdir(parents=True, exist_ok=True)
-            _replace(out / JSON_FILE, text)
-            _replace(out / HTML_FILE, page)
+            replace_file(out / JSON_FILE, text)
+            replace_file(out / HTML_FILE, page)
         except OSError as error:
             raise BuildError(f"cannot write the parity report to {out}", found=str(error)) from error
         return out / JSON_FILE, out / HTML_FILE
@@ -225,15 +225,3 @@ def _no_report(found: str) -> EngineFileError:
         found=found[:300],
         remedy="Verify the engine with this version, and bring that report.",
     )
-
-
-def _replace(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

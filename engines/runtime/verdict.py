@@ -16,7 +16,8 @@ from typing import Any
 from .errors import EngineFileError
 from .manifest import Manifest, contained_path, read_bounded
 
-REPORT_FILES = ("parity.json", "parity.html")
+SIGNATURE_FILE = "parity.intoto.jsonl"
+REPORT_FILES = ("parity.json", "parity.html", SIGNATURE_FILE)
 MAX_REPORT_BYTES = 64 << 20
 _TOKENS = ("bos_token_id", "eos_token_ids", "pad_token_id")
 

@@ -22,6 +22,12 @@ def add_inspect(command: Command) -> None:
     inspect.add_argument("--quick", action="store_true", help="compare the files' sizes alone, not their SHA-256")
     inspect.add_argument("--json", action="store_true", help="print JSON alone: the manifest itself")
     inspect.add_argument(
+        "--require-signature",
+        type=Path,
+        metavar="KEY",
+        help="public key in PEM: fail unless its private half signed the verdict, and that is a pass",
+    )
+    inspect.add_argument(
         "--on",
         metavar="CARD",
         help="say whether it would load there: a target's name, a compute capability such as 8.9, or 'here'",
@@ -48,6 +54,10 @@ def _inspect(args: argparse.Namespace) -> int:
             print(line)
     if trouble is not None:
         raise trouble
+    if args.require_signature is not None:
+        from engines.signing import check_signature
+
+        check_signature(args.engine, manifest, args.require_signature)
     # With --json standard output is JSON alone.
     return 0 if args.on is None else _tell_whether_it_loads(manifest, args.on, sys.stderr if args.json else sys.stdout)
 

@@ -57,6 +57,12 @@ def add_package(command: Command) -> None:
     package.add_argument("--tp", type=positive, help="checkpoints: GPUs that share the model; 1 if not given")
     package.add_argument("--module", type=Path, action="append", default=[], help="checkpoints: file that registers the model")
     package.add_argument("--allow-unverified", action="store_true", help="package an engine without a passing verdict")
+    package.add_argument(
+        "--require-signature",
+        type=Path,
+        metavar="KEY",
+        help="public key in PEM: refuse an engine without a passing verdict that its private half signed (`verify --sign`)",
+    )
 
 
 def add_serve(command: Command) -> None:
@@ -105,7 +111,15 @@ def _package(args: argparse.Namespace) -> int:
         from triton_repo.llmapi import package_checkpoint
 
         of_engines = ("threads", "mount", "max_queue", "prefill_chunk", "name", "model_version", "instances", "gpus")
-        _refuse(args, "of an engine", *of_engines, "exclude_input_in_output", "no_special_tokens", "chat_template")
+        _refuse(
+            args,
+            "of an engine",
+            *of_engines,
+            "exclude_input_in_output",
+            "no_special_tokens",
+            "chat_template",
+            "require_signature",
+        )
         package_checkpoint(
             args.engine,
             args.output,
@@ -137,6 +151,7 @@ def _package(args: argparse.Namespace) -> int:
         exclude_input_in_output=args.exclude_input_in_output,
         add_special_tokens=not args.no_special_tokens,
         chat_template=args.chat_template,
+        require_signature=args.require_signature,
         name=args.name,
         model_version=args.model_version,
         instances=args.instances,

@@ -15,6 +15,7 @@ from scripts.terminal import plain
 
 if TYPE_CHECKING:
     from engines.parity.report import ParityReport
+    from engines.record import Signature
 
 
 def add_verify(command: Command) -> None:
@@ -39,6 +40,12 @@ def add_verify(command: Command) -> None:
         metavar="REPORT",
         help="record the verdict of a parity.json from another machine, where these same files were verified; nothing is run",
     )
+    verify.add_argument(
+        "--sign",
+        type=Path,
+        metavar="KEY",
+        help="private key in PEM: sign the recorded verdict, which `package --require-signature` then asks for",
+    )
     verify.add_argument("--json", action="store_true", help="print JSON alone: the verdict and its numbers")
 
 
@@ -53,7 +60,7 @@ def _verify(args: argparse.Namespace) -> int:
     if args.report is not None:
         report.write(args.report)
     if not args.no_record:
-        record_verdict(engine, report)
+        record_verdict(engine, report, signature=_signature(args))
     elif args.report is None:
         place = engine.with_name(engine.name + "-parity")
         report.write(place)
@@ -75,6 +82,8 @@ def _check_options(args: argparse.Namespace, engine: Path) -> None:
             expected="one of --checkpoint DIR and --adopt REPORT",
             found="neither" if args.adopt is None else "both",
         )
+    if args.sign is not None and args.no_record:
+        raise BuildError("--sign signs what is recorded", expected="no --no-record", found="both", remedy="leave one out")
     if args.report is not None and args.report.exists() and args.report.samefile(engine):
         raise BuildError(
             "--report is the engine's own folder, which gets the report with the verdict",
@@ -127,6 +136,20 @@ def _adopted(path: Path, engine: Path) -> ParityReport:
     with Bar() as bar:
         verify_files(engine, manifest, progress=bar)
     return report
+
+
+def _signature(args: argparse.Namespace) -> Signature | None:
+    """Of the key; or that which lies beside an adopted report."""
+    from engines.runtime.manifest import read_bounded
+    from engines.runtime.verdict import MAX_REPORT_BYTES, SIGNATURE_FILE
+    from engines.signing import sign_verdict
+
+    if args.sign is not None:
+        return lambda manifest, files, verdict: sign_verdict(manifest, files, verdict, args.sign)
+    if args.adopt is None or not (beside := args.adopt.with_name(SIGNATURE_FILE)).is_file():
+        return None
+    text = read_bounded(beside, MAX_REPORT_BYTES).decode("utf-8", "replace")
+    return lambda *_: text
 
 
 def _shown(value: Any) -> str:

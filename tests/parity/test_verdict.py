@@ -248,7 +248,7 @@ def test_killed_between_any_two_writes_the_folder_is_whole(engine, monkeypatch):
     report = verify(engine, GQA, decode_steps=2)
     import engines.parity.report as module
 
-    real, calls = module._replace, []
+    real, calls = module.replace_file, []
 
     def stopping(path, text):
         calls.append(path.name)
@@ -256,7 +256,7 @@ def test_killed_between_any_two_writes_the_folder_is_whole(engine, monkeypatch):
             raise KeyboardInterrupt
         real(path, text)
 
-    monkeypatch.setattr(module, "_replace", stopping)
+    monkeypatch.setattr(module, "replace_file", stopping)
     for stop in (1, 2):  # noqa: B007  (`stopping` reads it)
         calls.clear()
         with pytest.raises(KeyboardInterrupt):
@@ -264,7 +264,7 @@ def test_killed_between_any_two_writes_the_folder_is_whole(engine, monkeypatch):
         manifest = read_manifest(engine)
         assert manifest.parity is None
         verify_files(engine, manifest)
-    monkeypatch.setattr(module, "_replace", real)
+    monkeypatch.setattr(module, "replace_file", real)
     record_verdict(engine, report)
     assert standing(engine, read_manifest(engine)) == "pass"
     verify_files(engine, read_manifest(engine))

@@ -20,6 +20,7 @@ from engines.runtime import Guide, RequestHandle, load_engine
 from engines.runtime.cuda import use_device
 from engines.runtime.errors import CapacityError, ClosedError, RequestError
 from engines.runtime.text import TextStream, Tokenizer
+from triton_repo.copies import check_copies
 from triton_repo.interface import MODEL
 from triton_repo.serving_inputs import (
     InputError,
@@ -70,6 +71,7 @@ class TritonPythonModel:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         config = json.loads(args["model_config"])
+        check_copies(HERE, config)
         if args.get("model_instance_kind") == "GPU":
             use_device(int(args["model_instance_device_id"]))
         threads = parameter(config, "threads")

@@ -17,6 +17,7 @@ sys.path.insert(0, str(HERE))  # what was copied beside this file, before anythi
 
 from engines.runtime.errors import RequestError
 from engines.runtime.text import Tokenizer
+from triton_repo.copies import check_copies
 from triton_repo.serving_inputs import InputError, Inputs, scalar, sequences_array, text_of, words_of
 from triton_repo.templates.shared.python_backend import bad_request, error_response, inputs_of, parameter
 
@@ -26,6 +27,7 @@ class TritonPythonModel:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         config = json.loads(args["model_config"])
+        check_copies(HERE, config)
         self.tokenizer = Tokenizer.load(HERE / "tokenizer")
         self.special_tokens = parameter(config, "add_special_tokens", "true") == "true"
         self.end_id = int(parameter(config, "end_id", "-1"))

@@ -18,6 +18,7 @@ sys.path.insert(0, str(HERE))  # what was copied beside this file, before anythi
 
 from engines.runtime.errors import RequestError
 from engines.runtime.text import TextStream, Tokenizer
+from triton_repo.copies import check_copies
 from triton_repo.interface import TENSORRT_LLM, TEXT
 from triton_repo.serving_inputs import InputError, Inputs, check_room, parse_options, text_of, words_of
 from triton_repo.templates.shared.answer import Answer, word_forms
@@ -38,6 +39,7 @@ class TritonPythonModel:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         config = json.loads(args["model_config"])
+        check_copies(HERE, config)
         self.tokenizer = Tokenizer.load(HERE / "tokenizer")
         self.vocab_size = int(parameter(config, "vocab_size"))
         self.max_length = int(parameter(config, "max_length"))

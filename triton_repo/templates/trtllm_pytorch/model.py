@@ -20,6 +20,7 @@ import triton_python_backend_utils as pb_utils
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # what was copied beside this file, before anything that is installed
 
+from triton_repo.copies import check_copies
 from triton_repo.interface import PYTORCH
 from triton_repo.interface import inputs as rows_of
 from triton_repo.serving_inputs import InputError, check_range, scalar, text_of, words_of
@@ -44,6 +45,7 @@ class TritonPythonModel:
     """See the Python backend's documentation for the three methods."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
+        check_copies(HERE, json.loads(args["model_config"]))
         # The file is JSON, which YAML contains: no YAML library is needed to read it.
         settings = json.loads((HERE / "model.yaml").read_text(encoding="utf-8"))
         settings.pop("triton_config")
