@@ -27,13 +27,14 @@ from engines.runtime.manifest import (
 from engines.runtime.verdict import REPORT_FILES, SIGNATURE_FILE, check_subject
 from engines.runtimes import precision_of
 from export.precision import Format, Precision
+from ngpt import __version__
 from ngpt.atomic_folder import replace_file
 from ngpt.errors import NGPTDeployError
 
 if TYPE_CHECKING:
     from engines.parity.report import ParityReport
 
-_PACKAGES = ("ngpt-deploy", "torch", "transformers", "numpy")
+_PACKAGES = ("torch", "transformers", "numpy")
 _MAX_NOTE = 2000
 NOT_RUN = "could not be run here"
 """How the note begins that a build leaves where its engine could not be verified."""
@@ -148,6 +149,7 @@ def _described(job: Job, written: Written, name: str, tools: Mapping[str, str], 
     assert written.graph is not None  # who asks for a manifest has an engine
     notes = {"checkpoint_notes": list(checkpoint.notes)} if checkpoint.notes else {}
     installed = {package: version for package in _PACKAGES if (version := _version(package)) is not None}
+    installed["ngpt-deploy"] = __version__
     return Manifest(
         name=name,
         created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),

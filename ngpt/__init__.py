@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ngpt.config import NGPTConfig
     from ngpt.model import NGPTForCausalLM, NGPTForSequenceClassification, NGPTForTokenClassification, NGPTModel
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 __all__ = [
     "NGPTConfig",
     "NGPTForCausalLM",
