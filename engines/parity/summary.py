@@ -105,6 +105,7 @@ def _curves(measured: Measured) -> list[SequenceResult]:
             other_choice=np.flatnonzero(~e.top1).tolist(),
             angles={tap: float(values.mean()) for tap, values in e.angles.items()},
             angles_noise={tap: float(n.angles[tap].mean()) for tap in e.angles if tap in n.angles},
+            tokens=list(sequence.tokens),
         )
         for sequence, e, n in zip(measured.sequences, measured.engine, measured.noise, strict=True)
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from engines.backends import TapFunction
 from engines.parity.compare import Array, Distance, Runner, continue_greedily, distance, run_engine
 from engines.parity.gate import Loss, Measured
+from engines.parity.invariants import invariants_of
 from engines.parity.opening import opened
 from engines.parity.prompts import TokenSequence, make_sequences
 from engines.parity.quantized import Quantization, WeightAudit, quantization_of, round_to_int8
@@ -98,9 +100,9 @@ def verify(
         tell = part_of(progress, 0.1, 0.3)
         logits = run_engine(source.runner, sequences, source.scratch, _counted(tell, "running the engine", sequences))
         source.release()
-        seen = _tapped(taps or source.taps(), sequences, source.scratch)
+        seen = tapped(taps or source.taps(), sequences, source.scratch)
         quantization = quantization or quantization_of(precision)
-        plan = _plan(checkpoint, precision.arithmetic, quantization, float64_limit_bytes, seed)
+        plan = plan_of(checkpoint, precision.arithmetic, quantization, float64_limit_bytes, seed)
         angles = Angles(plan.reference, seen)
         outputs = run_reference(
             checkpoint,
@@ -110,12 +112,14 @@ def verify(
             on_taps=angles,
             progress=part_of(progress, 0.3, 0.9),
         )
-        progress("comparing", 0.91)
-        return report_of(
+        invariants = invariants_of(checkpoint, part_of(progress, 0.9, 0.95))
+        progress("comparing", 0.95)
+        report = report_of(
             _compared(plan, sequences, logits, outputs, angles),
             name=name or source.name,
             subject=source.subject,
         )
+        return dataclasses.replace(report, invariants=invariants)
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ class Plan:
         return ORIGINAL if self.quantization is None else QUANTIZED
 
 
-def _plan(checkpoint: Checkpoint, precision: str, quantization: Quantization | None, limit: int, seed: int) -> Plan:
+def plan_of(checkpoint: Checkpoint, precision: str, quantization: Quantization | None, limit: int, seed: int) -> Plan:
     parameters = sum(int(np.prod(expected.shape)) for expected in expected_tensors(checkpoint.spec).values())
     wide = "float64" if 8 * parameters <= limit else "float32"
     rounds = quantization is not None and quantization.activation_block is not None
@@ -240,7 +244,7 @@ def _noise_name(plan: Plan) -> str:
     return words + (", another attention kernel" if noise.attention != "eager" else "")
 
 
-def _tapped(taps: TapFunction | None, sequences: list[TokenSequence], scratch: Scratch) -> list[dict[str, NDArray[np.floating]]]:
+def tapped(taps: TapFunction | None, sequences: list[TokenSequence], scratch: Scratch) -> list[dict[str, NDArray[np.floating]]]:
     if taps is None:
         return [{} for _ in sequences]
     return [
