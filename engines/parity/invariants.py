@@ -76,9 +76,9 @@ def _values(checkpoint: Checkpoint, stored: str, name: str, expected: Expected) 
     if expected.unit_axis is None:
         return None
     norms = _norms(checkpoint.get(stored), expected.unit_axis)
-    alive = norms[norms != 0] if bool(norms.any()) else norms
+    alive = norms[norms != 0]
     label = name.removesuffix(".weight").removesuffix("_proj").replace("self_attn.", "attn.")
-    return label, NORM_KINDS[expected.unit_axis], alive, len(norms) - len(alive)
+    return label, NORM_KINDS[expected.unit_axis], alive if len(alive) else norms, len(norms) - len(alive)
 
 
 def _place(stored: str) -> tuple[int | None, str]:

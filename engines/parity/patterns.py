@@ -146,7 +146,10 @@ def _of_taps(report: ParityReport, tap: str) -> str:
     if len(bad) > 1 and bad == later:
         text += " Everything after it is off as well, as it must be: its input is wrong."
     elif len(bad) < len(later):
-        text += f" Of the {len(later)} values from there on {len(bad)} are beyond their limits: the error fades, or is close to the limit."
+        text += (
+            f" Of the {len(later)} values from there on {len(bad)} are beyond their limits: the error fades, or is close to the "
+            "limit."
+        )
     return text
 
 
