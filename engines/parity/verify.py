@@ -18,7 +18,7 @@ from engines.parity.compare import Array, Distance, Runner, continue_greedily, d
 from engines.parity.gate import Loss, Measured
 from engines.parity.invariants import invariants_of
 from engines.parity.opening import opened
-from engines.parity.prompts import TokenSequence, make_sequences
+from engines.parity.prompts import TokenSequence, make_sequences, text_windows
 from engines.parity.quantized import Quantization, WeightAudit, quantization_of, round_to_int8
 from engines.parity.reference import Taps, Variant, run_reference
 from engines.parity.report import ParityReport
@@ -42,6 +42,7 @@ def verify(
     *,
     prompts: Sequence[str | Sequence[int]] | None = None,
     decode_steps: int | None = None,
+    text: str | None = None,
     seed: int = 0,
     precision: Precision | str | None = None,
     runtime: str | None = None,
@@ -62,6 +63,7 @@ def verify(
         prompts: texts, or lists of token ids, which the engine continues greedily. Unless given: random tokens, and text where
             the checkpoint has a tokenizer.
         decode_steps: tokens decoded after each prompt; 64 unless given, or half the model's length where that is less.
+        text: compared as well, in windows; the summary then has the perplexity of engine and reference over it.
         seed: of the random tokens.
         precision: what the engine computes in and stores, itself or by its name in ``runtime``. Unless given: what the
             manifest says, else float32 everywhere.
@@ -97,6 +99,9 @@ def verify(
             seed=seed,
             continue_greedily=partial(continue_greedily, source.runner),
         )
+        if text is not None:
+            length = min(source.runner.max_length, checkpoint.spec.max_length)
+            sequences += text_windows(checkpoint, text, max_length=length, decode_steps=decode_steps)
         tell = part_of(progress, 0.1, 0.3)
         logits = run_engine(source.runner, sequences, source.scratch, _counted(tell, "running the engine", sequences))
         source.release()
