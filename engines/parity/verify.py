@@ -118,7 +118,7 @@ def verify(
             progress=part_of(progress, 0.3, 0.9),
         )
         invariants = invariants_of(checkpoint, part_of(progress, 0.9, 0.95))
-        progress("comparing", 0.95)
+        progress("comparing", 0.96)
         report = report_of(
             _compared(plan, sequences, logits, outputs, angles),
             name=name or source.name,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,8 @@ class Reporting:
     engine: Path
     manifest: Manifest
     entry: Entry | None
+    speeds: dict[str, float] = field(default_factory=dict)
+    recorded: bool = False
 
     @classmethod
     def of(cls, args: argparse.Namespace, engine: Path) -> Reporting:
@@ -72,27 +74,30 @@ class Reporting:
         compared = args.baseline is not None and not args.update_baseline
         return cls(args, engine, manifest, read_baseline(args.baseline, manifest) if compared else None)
 
-    def moves(self, report: ParityReport, checkpoint: Checkpoint | None) -> list[Move]:
+    def measure(self, first: ParityReport, checkpoint: Checkpoint, again: Callable[[int], ParityReport]) -> None:
+        """Time the engine where that is asked for; for --update-baseline run it again, too, and write the baseline.
+
+        `again`: seed -> the report of another run. An engine that does not agree with PyTorch is no standard to hold others to:
+        nothing is recorded of it.
+        """
+        from engines.parity.baseline import entry_of, figures_of, write_baseline
+
+        if not self.args.update_baseline or first.verdict != "pass":
+            self.speeds = self._timed(checkpoint)
+            return
+        runs = [figures_of(first, self.manifest, self._timed(checkpoint))]
+        runs += [figures_of(again(seed), self.manifest, self._timed(checkpoint)) for seed in range(1, self.args.runs)]
+        write_baseline(self.args.baseline, self.manifest, entry_of(self.manifest, first, runs))
+        self.recorded = True
+
+    def moves(self, report: ParityReport) -> list[Move]:
         """What moved since the baseline was recorded; nothing without one."""
         from engines.parity.baseline import check_positions, compare, figures_of
 
         if self.entry is None:
             return []
         check_positions(self.args.baseline, self.entry, report)
-        return compare(self.entry, figures_of(report, self.manifest, self._speeds(checkpoint)))
-
-    def record(self, first: ParityReport, checkpoint: Checkpoint, again: Any) -> None:
-        """Measure the noise of every figure and write the baseline. `again`: seed -> the report of another run.
-
-        An engine that does not agree with PyTorch is no standard to hold others to: nothing is recorded of it.
-        """
-        from engines.parity.baseline import entry_of, figures_of, write_baseline
-
-        if not self.args.update_baseline or first.verdict != "pass":
-            return
-        reports = [first, *(again(seed) for seed in range(1, self.args.runs))]
-        runs = [figures_of(report, self.manifest, self._speeds(checkpoint)) for report in reports]
-        write_baseline(self.args.baseline, self.manifest, entry_of(self.manifest, first, runs))
+        return compare(self.entry, figures_of(report, self.manifest, self.speeds))
 
     def write(self, report: ParityReport, moves: Sequence[Move]) -> None:
         """The JUnit file, if one is wanted."""
@@ -108,7 +113,7 @@ class Reporting:
 
         if moves:
             print(f"\nsince {self.args.baseline} was recorded:\n{table(moves)}\n")
-        elif self.args.update_baseline:
+        elif self.recorded:
             print(f"baseline {self.args.baseline}: {self.manifest.target.name} recorded, over {self.args.runs} run(s)")
 
     @staticmethod
@@ -127,10 +132,10 @@ class Reporting:
                 remedy="see what changed since; if it is meant, record it with --update-baseline",
             )
 
-    def _speeds(self, checkpoint: Checkpoint | None) -> dict[str, float]:
+    def _timed(self, checkpoint: Checkpoint) -> dict[str, float]:
         from engines.parity.speed import speed_ratios
 
-        if not self.args.speed or checkpoint is None:
+        if not self.args.speed:
             return {}
         with Bar() as bar:
             return speed_ratios(self.engine, checkpoint, bar)

@@ -15,7 +15,6 @@ from scripts.commands.reporting import Reporting, add_reporting
 from scripts.terminal import plain
 
 if TYPE_CHECKING:
-    from engines.parity.baseline import Move
     from engines.parity.report import ParityReport
 
 
@@ -59,7 +58,7 @@ def _verify(args: argparse.Namespace) -> int:
     reporting = Reporting.of(args, engine)
     with _place(args.report):
         adopting = args.adopt is not None
-        report, moves = _adopted(args.adopt, engine, reporting) if adopting else _compared(args, engine, reporting)
+        report = _adopted(args.adopt, engine) if adopting else _compared(args, engine, reporting)
     place = args.report or engine
     if args.report is not None:
         report.write(args.report)
@@ -68,6 +67,7 @@ def _verify(args: argparse.Namespace) -> int:
     elif args.report is None:
         place = engine.with_name(engine.name + "-parity")
         report.write(place)
+    moves = reporting.moves(report)
     reporting.write(report, moves)
     if args.json:
         files = {"report": str(place / "parity.json"), "html": str(place / "parity.html")}
@@ -119,7 +119,7 @@ def _place(report: Path | None) -> Iterator[None]:
         raise
 
 
-def _compared(args: argparse.Namespace, engine: Path, reporting: Reporting) -> tuple[ParityReport, list[Move]]:
+def _compared(args: argparse.Namespace, engine: Path, reporting: Reporting) -> ParityReport:
     from engines.parity.prompts import read_text
     from engines.parity.verify import verify
     from ngpt.checkpoint import open_checkpoint
@@ -135,11 +135,11 @@ def _compared(args: argparse.Namespace, engine: Path, reporting: Reporting) -> t
                 return verify(engine, checkpoint, decode_steps=args.decode_steps, text=text, seed=seed, progress=bar)
 
         report = run(0)
-        reporting.record(report, checkpoint, run)
-        return report, reporting.moves(report, checkpoint)
+        reporting.measure(report, checkpoint, run)
+        return report
 
 
-def _adopted(path: Path, engine: Path, reporting: Reporting) -> tuple[ParityReport, list[Move]]:
+def _adopted(path: Path, engine: Path) -> ParityReport:
     """The report of another machine; `record_verdict` holds its subject against the engine's manifest, this the files."""
     from engines.parity.report import ParityReport
     from engines.runtime.manifest import read_manifest, verify_files
@@ -150,11 +150,13 @@ def _adopted(path: Path, engine: Path, reporting: Reporting) -> tuple[ParityRepo
     check_subject(report.subject or {}, manifest)
     with Bar() as bar:
         verify_files(engine, manifest, progress=bar)
-    return report, reporting.moves(report, None)
+    return report
 
 
 def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else plain(value, 200)
+    from engines.parity.words import number
+
+    return plain(number(value), 200)
 
 
 def conclude(engine: Path, verdict: str, page: Path, *, quiet: bool = False) -> None:
