@@ -30,6 +30,7 @@ FLOORS = {"parity": 0.15, "size": 0.01, "speed": 0.1}
 """A figure of a kind that moves by less than this part is the same, however small its noise was measured: another processor sums
 in another order."""
 _SIZE, _SPEED = "size of the engine, bytes", "speed against PyTorch: "
+_EQUAL = 1e-5  # figures are recorded with six digits
 _MOST_BYTES, _MOST_FIGURES, _MOST_NAME = 1 << 20, 1000, 300
 
 
@@ -74,14 +75,19 @@ class Move:
         """From what to what, by how much, and how many times the noise that is."""
         if self.before is None or self.now is None:
             return f"{self.outcome}: {_number(self.before)} then, {_number(self.now)} now"
-        return f"{_number(self.before)} then, {_number(self.now)} now: {math.expm1(self.change):+.1%}, {self.times()}"
+        return f"{_number(self.before)} then, {_number(self.now)} now: {self.part()}, {self.times()}"
+
+    def part(self) -> str:
+        """The change in percent, without a sign where none is seen."""
+        text = f"{math.expm1(self.change):+.1%}"
+        return "0.0%" if float(text[:-1]) == 0 else text
 
     def times(self) -> str:
         """How many times its noise a figure moved."""
         if self.before is None or self.now is None:
             return ""
         if self.noise == 0:
-            return "exact" if self.change == 0 else "it has no noise"
+            return "equal" if abs(self.change) < _EQUAL else "it has no noise"
         return f"{abs(self.change) / self.noise:.1f} times the noise"
 
 
@@ -140,7 +146,7 @@ def table(moves: Sequence[Move]) -> str:
     order = {"worse": 0, "gone": 0, "better": 1}
     rows = [("figure", "then", "now", "moved", "its noise", "", "")]
     for move in sorted(moves, key=lambda move: order.get(move.outcome, 2)):
-        moved = f"{math.expm1(move.change):+.1%}" if move.before is not None and move.now is not None else ""
+        moved = move.part() if move.before is not None and move.now is not None else ""
         noise = f"{move.noise:.1%}" if move.noise else "none"
         rows.append((move.name, _number(move.before), _number(move.now), moved, noise, move.times(), move.outcome))
     wide = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

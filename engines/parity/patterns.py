@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from engines.parity.report import ParityReport, SequenceResult
 
 GROUPS = {
-    "finite": "Numbers that are not finite",
+    "finite": "Finite numbers",
     "weights": "Stored weights",
     "prefill": "Logits of prefill",
     "decode": "Logits of decode",
