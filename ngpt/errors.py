@@ -15,7 +15,8 @@
     ├── EngineError
     ├── BuildError
     │   ├── OutputExistsError
-    │   └── ParityFailedError
+    │   ├── ParityFailedError
+    │   └── RegressionError         worse than the baseline it is held against
     ├── MissingPackageError         (also an ImportError) an optional dependency is absent
     ├── PackagingError
     └── ServerError
@@ -115,6 +116,10 @@ class OutputExistsError(BuildError):
 
 class ParityFailedError(BuildError):
     """The engine was built, but does not agree with the PyTorch model."""
+
+
+class RegressionError(BuildError):
+    """The engine agrees with the PyTorch model, and is worse than a baseline says that it was."""
 
 
 class MissingPackageError(NGPTDeployError, ImportError):

@@ -22,7 +22,8 @@ EPILOG = """examples:
   ngpt-deploy generate "def main():" --url 127.0.0.1:8001
 
 Errors name the thing, what was expected, what was found and what to do, in one line. Exit codes: 0; 2 for an error; 3 where
-parity failed; 130 after Ctrl-C, 143 after SIGTERM, with nothing half written left behind (`serve` ends with 0 after either)."""
+parity failed; 4 where an engine is worse than its baseline;
+130 after Ctrl-C, 143 after SIGTERM, with nothing half written left behind (`serve` ends with 0 after either)."""
 DEBUG = "show the traceback of an error"
 
 
@@ -60,7 +61,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for an error, 3 for a failed parity, 128 + its number after a signal."""
+    """Run a command; returns the exit code: 0, 2 for an error, 3 for a failed parity, 4 for one that got worse, 128 + its
+    number after a signal."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     args = argparse.Namespace(command="", debug=False)
     with prepared(), stopping() as asked:

@@ -31,6 +31,7 @@ _EXTRAS = {
 }
 _EXTRAS |= {"tritonclient": "serve", "google": "serve", "grpc": "serve", "pytriton": "serve"}
 _EXTRAS |= dict.fromkeys(("jinja2", "pydantic", "fastapi", "starlette", "uvicorn", "prometheus_client"), "openai")
+_CODES: dict[type[BaseException], int] = {errors.ParityFailedError: 3, errors.RegressionError: 4}
 _ALWAYS = ("numpy", "tokenizers", "tqdm")  # what every installation has, unless somebody took it away
 
 
@@ -64,7 +65,7 @@ def fail(command: str, error: BaseException) -> int:
     """Say in one line what went wrong and what to do; returns the exit code. Notes of the error (a server's log) follow it."""
     code = 2
     if isinstance(error, errors.NGPTDeployError) or _is_serving_error(error):
-        text, code = str(error), 3 if isinstance(error, errors.ParityFailedError) else 2
+        text, code = str(error), _CODES.get(type(error), 2)
     elif isinstance(error, BrokenPipeError):
         text = "nobody reads the output any more. Read it to its end, or write it to a file"
     elif isinstance(error, OSError):

@@ -6,7 +6,8 @@
 from engines.parity.gate import Check
 from engines.parity.prompts import TokenSequence
 from engines.parity.quantized import Quantization
+from engines.parity.replay import Replay, replay
 from engines.parity.report import ParityReport
 from engines.parity.verify import verify
 
-__all__ = ["Check", "ParityReport", "Quantization", "TokenSequence", "verify"]
+__all__ = ["Check", "ParityReport", "Quantization", "Replay", "TokenSequence", "replay", "verify"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ngpt.checkpoint import Checkpoint
-from ngpt.errors import ConfigError, shown
+from ngpt.errors import ConfigError, os_trouble, shown
 
 TEXTS = (
     """def count_words(path, encoding="utf-8"):
@@ -31,6 +32,9 @@ class Counter:
 )
 _RANDOM_LENGTHS = (5, 33, 128)
 DECODE_STEPS = 64
+TEXT_WINDOW, TEXT_STEPS = 512, 16
+MOST_TEXT_BYTES, MOST_TEXT_TOKENS = 4 << 20, 16_384
+_MOST_LOGITS = 1 << 29  # of all windows together: in float64 4 GB of scratch for each way of running the model
 _POSITIONS = 100  # of random sequences together, or a model of very short context is judged by a handful of positions
 
 Continue = Callable[[list[int], int], list[int]]
@@ -39,12 +43,14 @@ Continue = Callable[[list[int], int], list[int]]
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """Teacher-forced tokens: the first ``prompt_length`` are prefilled, the others decoded one by one."""
+    """Teacher-forced tokens: the first ``prompt_length`` are prefilled, the others decoded one by one. ``from_file``: of the text
+    that was given."""
 
     name: str
     tokens: tuple[int, ...]
     prompt_length: int
     is_text: bool
+    from_file: bool = False
 
 
 def make_sequences(
@@ -108,6 +114,49 @@ def make_sequences(
         tokens = ids if continue_greedily is None else [*ids, *continue_greedily(ids, decode_steps)]
         sequences.append(TokenSequence(f"{'text' if is_text else 'tokens'} {number}", tuple(tokens), length, is_text))
     return sequences
+
+
+def read_text(path: Path) -> str:
+    """A file of text for `text_windows`, at most `MOST_TEXT_BYTES` of it. Raises ConfigError for one that is no UTF-8 text."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MOST_TEXT_BYTES + 1)
+    except (OSError, ValueError) as error:
+        found, remedy = os_trouble(error) if isinstance(error, OSError) else (str(error), "see whether the path is right")
+        raise ConfigError(f"the text {path} cannot be read", found=found, remedy=remedy) from error
+    cut = raw[:MOST_TEXT_BYTES]
+    try:
+        text = cut.decode("utf-8")
+    except UnicodeDecodeError as error:
+        # A letter may be divided where the rest was left off.
+        if len(raw) <= MOST_TEXT_BYTES or error.start < len(cut) - 3:
+            raise ConfigError(
+                f"the text {path}", expected="UTF-8", found=f"another byte at {error.start}", remedy="convert it to UTF-8"
+            ) from error
+        text = cut[: error.start].decode("utf-8")
+    if not text.strip():
+        raise ConfigError(f"the text {path}", expected="some text", found="nothing but blanks")
+    return text
+
+
+def text_windows(checkpoint: Checkpoint, text: str, *, max_length: int, decode_steps: int | None) -> list[TokenSequence]:
+    """A text in windows of at most `TEXT_WINDOW` tokens, each read anew; the last few tokens of each are decoded.
+
+    No more than `MOST_TEXT_TOKENS` are taken, and fewer where the logits of so many would not fit (`_MOST_LOGITS`).
+    Raises ConfigError where the checkpoint has no tokenizer, or the text has fewer than two tokens.
+    """
+    ids = checkpoint.text.tokenizer().encode(text).ids
+    if len(ids) < 2:
+        raise ConfigError("the text", expected="two tokens or more", found=f"{len(ids)}")
+    window = min(TEXT_WINDOW, max_length)
+    most = max(window, min(MOST_TEXT_TOKENS, _MOST_LOGITS // checkpoint.spec.vocab_size))
+    pieces = [ids[start : start + window] for start in range(0, min(len(ids), most), window)]
+    steps = min(decode_steps or TEXT_STEPS, TEXT_STEPS)
+    return [
+        TokenSequence(f"window {number}", tuple(piece), max(1, len(piece) - steps), is_text=True, from_file=True)
+        for number, piece in enumerate(pieces)
+        if len(piece) > 1
+    ]
 
 
 def _with_direction(checkpoint: Checkpoint) -> NDArray[np.int64]:

@@ -9,22 +9,19 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engines.parity.gate import Check, verdict_of
-from engines.parity.svg import COLORS, Chart, Line
+from engines.parity.invariants import Invariant
+from engines.parity.page import render
 from engines.runtime.errors import EngineFileError
 from ngpt.atomic_folder import replace_file
-from ngpt.errors import BuildError, missing_package
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
+from ngpt.errors import BuildError
 
 JSON_FILE = "parity.json"
 HTML_FILE = "parity.html"
-SCHEMA_VERSION = 1
-MAX_FAILURES = 8  # named at the top of the page; the table of checks has all of them
-MAX_MARKS = 24  # of positions with another first choice, in one plot
+SCHEMA_VERSION = 2
+"""Of parity.json, which `parity.schema.json` describes. Version 1 had no outcomes, samples, tokens and invariants."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class SequenceResult:
     """Per-position curves of one sequence; lists have one number per token (angles: one per tap, the mean).
 
     ``margin``: the reference's gap between its two largest logits; above ``stable_margin`` the engine must choose alike.
-    ``other_choice``: the positions where it chose otherwise.
+    ``other_choice``: the positions where it chose otherwise. ``tokens``: what both were given.
     """
 
     name: str
@@ -46,31 +43,37 @@ class SequenceResult:
     other_choice: list[int]
     angles: dict[str, float]
     angles_noise: dict[str, float]
+    tokens: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class ParityReport:
     """The outcome. ``verdict`` is "pass" or "fail"; ``summary`` has the headline numbers (JSON-ready); ``subject`` says which
-    files it is about (`engines.parity.subject`), None for an engine that was no folder."""
+    files it is about (`engines.parity.subject`), None for an engine that was no folder; ``invariants`` what
+    the checkpoint's weights look like."""
 
     verdict: str
     summary: dict[str, Any]
     checks: list[Check]
     sequences: list[SequenceResult] = field(default_factory=list)
     subject: dict[str, Any] | None = None
+    invariants: list[Invariant] = field(default_factory=list)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ParityReport:
         """The report that `to_dict` wrote, from anywhere. Raises EngineFileError for one that it cannot have written."""
         try:
-            checks = [
-                Check(**{f.name: _typed(f.type, item[f.name]) for f in dataclasses.fields(Check)}) for item in data["checks"]
-            ]
-            sequences = [
-                SequenceResult(**{f.name: _typed(f.type, item[f.name]) for f in dataclasses.fields(SequenceResult)})
-                for item in data["sequences"]
-            ]
-            report = cls(data["verdict"], dict(data["summary"]), checks, sequences, dict(data["subject"]))
+            checks = [_made(Check, item) for item in data["checks"]]
+            sequences = [_made(SequenceResult, item) for item in data["sequences"]]
+            invariants = [_made(Invariant, item) for item in data["invariants"]]
+            for sequence in sequences:
+                per_position = (sequence.kl_noise, sequence.max_abs, sequence.max_abs_noise, sequence.margin, sequence.tokens)
+                _same_length(sequence.kl, *per_position)
+                _within(len(sequence.kl), sequence.prompt_length - 1, *sequence.other_choice)
+            for invariant in invariants:
+                _same_length(invariant.mean, invariant.low, invariant.high, invariant.zeros)
+                _same_length(invariant.mean, invariant.layers or invariant.mean[:1])
+            report = cls(data["verdict"], dict(data["summary"]), checks, sequences, dict(data["subject"]), invariants)
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise _no_report(f"{type(error).__name__}: {error}") from error
         if report.verdict != verdict_of(checks) or report.summary.get("verdict") != report.verdict:
@@ -98,6 +101,7 @@ class ParityReport:
                     dataclasses.asdict(check) | {"outcome": check.outcome, "passed": check.passed} for check in self.checks
                 ],
                 "sequences": [dataclasses.asdict(sequence) for sequence in self.sequences],
+                "invariants": [dataclasses.asdict(invariant) for invariant in self.invariants],
             }
         )
 
@@ -114,72 +118,8 @@ class ParityReport:
         return out / JSON_FILE, out / HTML_FILE
 
     def to_html(self) -> str:
-        """The page, from ``templates/parity.html.j2``: verdict, how to read it, plots, every check.
-
-        Raises MissingPackageError without jinja2, which torch brings.
-        """
-        page = _templates().get_template("parity.html.j2")
-        return page.render(report=self, failures=self.failures[:MAX_FAILURES], charts=_charts(self.sequences, self.checks)) + "\n"
-
-
-def _templates() -> Environment:
-    """Every value that a template prints is escaped: names of engines, files and checks come from outside."""
-    try:
-        import jinja2
-    except ImportError as error:
-        raise missing_package("the parity page needs jinja2", "torch") from error
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("engines.parity"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {"number": _show, "ratio": _ratio}
-    return environment
-
-
-def _charts(sequences: Sequence[SequenceResult], checks: Sequence[Check]) -> list[Chart]:
-    charts = []
-    taps = {check.tap: check for check in checks if check.tap and check.name.endswith(", mean")}
-    if taps:
-        charts.append(
-            Chart(
-                "Angle between hidden states, layer by layer",
-                "tap: " + ", ".join(list(taps)[:3]) + (", ..." if len(taps) > 3 else ""),
-                "radians, mean over positions",
-                [
-                    Line("engine", [c.measured for c in taps.values()], COLORS["engine"]),
-                    Line("noise", [c.noise for c in taps.values()], COLORS["noise"]),
-                    Line("limit", [c.limit for c in taps.values()], COLORS["limit"], dashed=True),
-                ],
-            )
-        )
-    for sequence in sequences:
-        mark = [(sequence.prompt_length, "decode")]
-        for title, ours, noise in (
-            ("KL(reference || engine)", sequence.kl, sequence.kl_noise),
-            ("Largest logit error", sequence.max_abs, sequence.max_abs_noise),
-        ):
-            lines = [Line("engine", ours, COLORS["engine"]), Line("noise", noise, COLORS["noise"])]
-            unit = "nats" if title.startswith("KL") else "logit"
-            charts.append(Chart(f"{title}: {sequence.name}", "position", unit, lines, mark))
-        limit = [sequence.stable_margin] * len(sequence.margin)
-        lines = [
-            Line("margin", sequence.margin, COLORS["noise"]),
-            Line("must agree above", limit, COLORS["limit"], dashed=True),
-        ]
-        differs = [(position, "differs") for position in sequence.other_choice[:MAX_MARKS]]
-        charts.append(Chart(f"Margin of the first choice: {sequence.name}", "position", "logit", lines, mark + differs))
-    return charts
-
-
-def _ratio(check: Check) -> str:
-    return f"{check.measured / check.noise:.2f}" if check.noise > 0 and math.isfinite(check.measured) else ""
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_show(item)}" for key, item in value.items())
-    return "none" if value is None else str(value)
+        """The page: verdict, what to do next, pictures, every check. Raises MissingPackageError without jinja2."""
+        return render(self)
 
 
 def _jsonable(value: Any) -> Any:
@@ -206,6 +146,21 @@ def _typed(kind: Any, value: Any) -> Any:
     if kind == "list[int]":
         return [_of(int, item) for item in _of(list, value)]
     return _of({"str": str, "int": int}[kind], value)
+
+
+def _made(kind: Any, item: Mapping[str, Any]) -> Any:
+    """A dataclass of the report from its JSON. Raises KeyError, TypeError or ValueError."""
+    return kind(**{f.name: _typed(f.type, item[f.name]) for f in dataclasses.fields(kind)})
+
+
+def _same_length(first: Sequence[Any], *others: Sequence[Any]) -> None:
+    if any(len(other) != len(first) for other in others):
+        raise ValueError("lists of different lengths that belong together")
+
+
+def _within(length: int, *positions: int) -> None:
+    if any(not 0 <= position < length for position in positions):
+        raise ValueError("a position that the sequence does not have")
 
 
 def _number(value: Any) -> float:

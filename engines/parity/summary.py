@@ -78,6 +78,7 @@ def _headlines(found: Comparison, decided: list[Check]) -> dict[str, Any]:
         },
         "top1_agreement": _joined(ours, "top1", np.mean),
         "stable_positions": float(np.mean(stable)),
+        **_perplexity(measured),
         "first_divergence": first_divergence(decided),
         "taps": len(tapped(ours)),
         "gate": {"mean": MEAN_MULTIPLE, "worst position": WORST_MULTIPLE, "quantisation loss": LOSS_MULTIPLE},
@@ -105,9 +106,20 @@ def _curves(measured: Measured) -> list[SequenceResult]:
             other_choice=np.flatnonzero(~e.top1).tolist(),
             angles={tap: float(values.mean()) for tap, values in e.angles.items()},
             angles_noise={tap: float(n.angles[tap].mean()) for tap in e.angles if tap in n.angles},
+            tokens=list(sequence.tokens),
         )
         for sequence, e, n in zip(measured.sequences, measured.engine, measured.noise, strict=True)
     ]
+
+
+def _perplexity(measured: Measured) -> dict[str, Any]:
+    """Of engine and reference over the text that was given; every token but the first of each window is predicted."""
+    found = [d for s, d in zip(measured.sequences, measured.engine, strict=True) if s.from_file]
+    if not found:
+        return {}
+    reference, engine = (float(np.exp(np.mean(np.concatenate([d.nll[i] for d in found])))) for i in (0, 1))
+    tokens = sum(len(d.nll[0]) for d in found)
+    return {"perplexity": {"engine": engine, "reference": reference, "tokens": tokens, "windows": len(found)}}
 
 
 def _joined(distances: list[Distance], field: str, reduce: Callable[[Any], Any]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +16,9 @@ from numpy.typing import NDArray
 from engines.backends import TapFunction
 from engines.parity.compare import Array, Distance, Runner, continue_greedily, distance, run_engine
 from engines.parity.gate import Loss, Measured
+from engines.parity.invariants import invariants_of
 from engines.parity.opening import opened
-from engines.parity.prompts import TokenSequence, make_sequences
+from engines.parity.prompts import TokenSequence, make_sequences, text_windows
 from engines.parity.quantized import Quantization, WeightAudit, quantization_of, round_to_int8
 from engines.parity.reference import Taps, Variant, run_reference
 from engines.parity.report import ParityReport
@@ -40,6 +42,7 @@ def verify(
     *,
     prompts: Sequence[str | Sequence[int]] | None = None,
     decode_steps: int | None = None,
+    text: str | None = None,
     seed: int = 0,
     precision: Precision | str | None = None,
     runtime: str | None = None,
@@ -60,6 +63,7 @@ def verify(
         prompts: texts, or lists of token ids, which the engine continues greedily. Unless given: random tokens, and text where
             the checkpoint has a tokenizer.
         decode_steps: tokens decoded after each prompt; 64 unless given, or half the model's length where that is less.
+        text: compared as well, in windows; the summary then has the perplexity of engine and reference over it.
         seed: of the random tokens.
         precision: what the engine computes in and stores, itself or by its name in ``runtime``. Unless given: what the
             manifest says, else float32 everywhere.
@@ -95,12 +99,15 @@ def verify(
             seed=seed,
             continue_greedily=partial(continue_greedily, source.runner),
         )
+        if text is not None:
+            length = min(source.runner.max_length, checkpoint.spec.max_length)
+            sequences += text_windows(checkpoint, text, max_length=length, decode_steps=decode_steps)
         tell = part_of(progress, 0.1, 0.3)
         logits = run_engine(source.runner, sequences, source.scratch, _counted(tell, "running the engine", sequences))
         source.release()
-        seen = _tapped(taps or source.taps(), sequences, source.scratch)
+        seen = tapped(taps or source.taps(), sequences, source.scratch)
         quantization = quantization or quantization_of(precision)
-        plan = _plan(checkpoint, precision.arithmetic, quantization, float64_limit_bytes, seed)
+        plan = plan_of(checkpoint, precision.arithmetic, quantization, float64_limit_bytes, seed)
         angles = Angles(plan.reference, seen)
         outputs = run_reference(
             checkpoint,
@@ -110,12 +117,14 @@ def verify(
             on_taps=angles,
             progress=part_of(progress, 0.3, 0.9),
         )
-        progress("comparing", 0.91)
-        return report_of(
+        invariants = invariants_of(checkpoint, part_of(progress, 0.9, 0.95))
+        progress("comparing", 0.96)
+        report = report_of(
             _compared(plan, sequences, logits, outputs, angles),
             name=name or source.name,
             subject=source.subject,
         )
+        return dataclasses.replace(report, invariants=invariants)
 
 
 @dataclass(frozen=True)
@@ -134,7 +143,7 @@ class Plan:
         return ORIGINAL if self.quantization is None else QUANTIZED
 
 
-def _plan(checkpoint: Checkpoint, precision: str, quantization: Quantization | None, limit: int, seed: int) -> Plan:
+def plan_of(checkpoint: Checkpoint, precision: str, quantization: Quantization | None, limit: int, seed: int) -> Plan:
     parameters = sum(int(np.prod(expected.shape)) for expected in expected_tensors(checkpoint.spec).values())
     wide = "float64" if 8 * parameters <= limit else "float32"
     rounds = quantization is not None and quantization.activation_block is not None
@@ -240,7 +249,7 @@ def _noise_name(plan: Plan) -> str:
     return words + (", another attention kernel" if noise.attention != "eager" else "")
 
 
-def _tapped(taps: TapFunction | None, sequences: list[TokenSequence], scratch: Scratch) -> list[dict[str, NDArray[np.floating]]]:
+def tapped(taps: TapFunction | None, sequences: list[TokenSequence], scratch: Scratch) -> list[dict[str, NDArray[np.floating]]]:
     if taps is None:
         return [{} for _ in sequences]
     return [

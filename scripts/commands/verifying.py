@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ngpt.errors import BuildError, ParityFailedError, os_trouble
 from scripts.commands.options import Bar, Command, positive
+from scripts.commands.reporting import Reporting, add_reporting
 from scripts.terminal import plain
 
 if TYPE_CHECKING:
@@ -46,7 +47,14 @@ def add_verify(command: Command) -> None:
         metavar="KEY",
         help="private key in PEM: sign the recorded verdict, which `package --require-signature` then asks for",
     )
+    verify.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="UTF-8 text that is compared as well, in windows; gives the perplexity of engine and reference over it",
+    )
     verify.add_argument("--json", action="store_true", help="print JSON alone: the verdict and its numbers")
+    add_reporting(verify)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -54,8 +62,10 @@ def _verify(args: argparse.Namespace) -> int:
 
     engine = args.engine.absolute()  # a name of its own, too, where "." was given
     _check_options(args, engine)
+    reporting = Reporting.of(args, engine)
     with _place(args.report):
-        report = _adopted(args.adopt, engine) if args.adopt is not None else _compared(args, engine)
+        adopting = args.adopt is not None
+        report = _adopted(args.adopt, engine) if adopting else _compared(args, engine, reporting)
     place = args.report or engine
     if args.report is not None:
         report.write(args.report)
@@ -64,14 +74,18 @@ def _verify(args: argparse.Namespace) -> int:
     elif args.report is None:
         place = engine.with_name(engine.name + "-parity")
         report.write(place)
+    moves = reporting.moves(report)
+    reporting.write(report, moves)
     if args.json:
         files = {"report": str(place / "parity.json"), "html": str(place / "parity.html")}
-        print(json.dumps({**report.headlines(), **files}, indent=2))
+        print(json.dumps({**report.headlines(), **files, **reporting.as_json(moves)}, indent=2))
     else:
         for name, value in report.headlines().items():
             if name != "verdict":
                 print(f"{name:<28} {_shown(value)}")
+        reporting.show(moves)
     conclude(args.engine, report.verdict, place / "parity.html", quiet=args.json)
+    reporting.judge(moves)
     return 0
 
 
@@ -114,14 +128,24 @@ def _place(report: Path | None) -> Iterator[None]:
         raise
 
 
-def _compared(args: argparse.Namespace, engine: Path) -> ParityReport:
+def _compared(args: argparse.Namespace, engine: Path, reporting: Reporting) -> ParityReport:
+    from engines.parity.prompts import read_text
     from engines.parity.verify import verify
     from ngpt.checkpoint import open_checkpoint
 
+    text = None if args.text is None else read_text(args.text)
+
     # The text of the comparison is the engine's own: it may have been built with another tokenizer than the checkpoint's.
     own = engine if (engine / "tokenizer.json").is_file() else None
-    with open_checkpoint(args.checkpoint, tokenizer=own) as checkpoint, Bar() as bar:
-        return verify(engine, checkpoint, decode_steps=args.decode_steps, progress=bar)
+    with open_checkpoint(args.checkpoint, tokenizer=own) as checkpoint:
+
+        def run(seed: int) -> ParityReport:
+            with Bar() as bar:
+                return verify(engine, checkpoint, decode_steps=args.decode_steps, text=text, seed=seed, progress=bar)
+
+        report = run(0)
+        reporting.measure(report, checkpoint, run)
+        return report
 
 
 def _adopted(path: Path, engine: Path) -> ParityReport:
@@ -153,7 +177,9 @@ def _signature(args: argparse.Namespace) -> Signature | None:
 
 
 def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else plain(value, 200)
+    from engines.parity.words import number
+
+    return plain(number(value), 200)
 
 
 def conclude(engine: Path, verdict: str, page: Path, *, quiet: bool = False) -> None:
