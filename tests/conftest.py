@@ -100,6 +100,7 @@ SLOW = {
         "test_a_limit_of_file_sizes_is_named_and_nothing_stays",
         "test_a_missing_library_of_any_kind_is_one_line_that_says_how_to_install_it",
     ),
+    "tests/test_doctor.py": ("test_this_machine_can_build_for_its_cpu",),
     "tests/test_docs.py": (
         "test_readme_commands_and_python_run",
         "test_the_site_has_every_guide_and_every_public_name",
