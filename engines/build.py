@@ -4,17 +4,22 @@ verdict after it, whole or not at all."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from engines.backends import Job, backend_of
 from engines.device import detect, target_for
+from engines.identity import components
+from engines.key import key_of
 from engines.memory import memory
 from engines.record import NOT_RUN, add_note, record, record_verdict
+from engines.resume import discard, resuming
 from engines.runtime.errors import ServingError
-from engines.runtime.manifest import read_manifest
+from engines.runtime.manifest import MANIFEST_NAME, read_manifest
 from engines.runtimes import runtime_of
+from engines.store import Store
 from engines.target import AUTO, DEFAULT, Target, load_target, with_kv_cache
 from export.trtllm.parallel import Parallel
 from ngpt.atomic_folder import check_free, new_folder
@@ -30,7 +35,7 @@ MAX_NAME = 200
 def build_engine(
     checkpoint: str | Path,
     target: str | Path | Target,
-    output: str | Path,
+    output: str | Path | None = None,
     *,
     precision: str | None = None,
     name: str | None = None,
@@ -41,6 +46,8 @@ def build_engine(
     off_sphere: OffSphere = "refuse",
     tokenizer: str | Path | None = None,
     eos: Sequence[End] = (),
+    store: str | Path | None = None,
+    resume: bool = False,
     progress: Progress = silent,
 ) -> Path:
     """Build the engine of a checkpoint for a target; returns the folder.
@@ -54,7 +61,8 @@ def build_engine(
         checkpoint: a Hugging Face folder, or the research code's ckpt.pt.
         target: a name, the path of a target's file, or a `Target`. "auto" is the one of this machine's GPU, or the default
             where there is none.
-        output: the engine's folder; must not exist.
+        output: the engine's folder; must not exist. With a `store` it may be left out: the store's own folder is returned,
+            which others share and nobody may change.
         precision: another one that the target offers.
         name: of the engine, in its manifest; that of the checkpoint's folder if not given.
         verify: whether to compare the engine with PyTorch.
@@ -64,6 +72,9 @@ def build_engine(
         off_sphere: "allow" builds what the file says where its matrices are far from unit norm.
         tokenizer: a folder or a tokenizer.json to take in place of the checkpoint's.
         eos: the tokens that end a text, ids or texts of the tokenizer, in place of the checkpoint's.
+        store: a folder of engines (`engines.store`): one that is made of the same parts is taken from it and not built.
+        resume: continue where a killed build of the same engine to the same place stopped, and leave what is complete for
+            the next one.
         progress: called with what is being done and the part that is done.
 
     Raises:
@@ -76,25 +87,57 @@ def build_engine(
     engine = engine_name(name, checkpoint)  # refused before anything is read
     chosen, parallel = with_kv_cache(choose_target(target, precision), kv_cache), Parallel(tp, pp)
     check_division(chosen, parallel)
-    backend, folder = backend_of(chosen.runtime), Path(output)
+    backend, folder = backend_of(chosen.runtime), None if output is None else Path(output)
     tools = backend.tools()
-    check_free(folder)
+    if folder is not None:
+        check_free(folder)
+    elif store is None:
+        raise BuildError("there is no place for the engine", expected="an output, a store, or both", remedy="give --output")
     with open_checkpoint(checkpoint, off_sphere=off_sphere, tokenizer=tokenizer, eos=eos) as opened:
         job = Job(opened, chosen, parallel)
         backend.check(job.spec, chosen, parallel)
-        opened.validate(part_of(progress, 0.0, 0.2))
-        opened.report_notes()
-        with new_folder(folder, needed=backend.estimate(job.spec, chosen, parallel)) as work:
-            written = backend.write(job, work, part_of(progress, 0.2, 0.7))
-            opened.text.copy_to(work)
-            engine_made = written.graph is not None
-            if engine_made:
-                record(work, job, written, engine, tools)
+        parts: dict[str, Any] = {}
+        if store is not None or resume:
+            progress("reading the weights for their digest", 0.0)
+            parts = components(job, engine, tools)
+
+        def write(place: Path) -> None:
+            making = part_of(progress, 0.0, 0.75)
+            if not resume:
+                _publish(job, place, engine, tools, making)
+                discard(place.absolute().parent, place.name)
+                return
+            with resuming(place if store is None else Path(store) / key_of(parts), parts) as journal:
+                _publish(dataclasses.replace(job, journal=journal), place, engine, tools, making)
+
+        def check(place: Path) -> None:
+            _verify_built(place, opened, chosen, part_of(progress, 0.75, 1.0))
+
         # The engine is published before it is verified: no trouble of the check throws away what was built.
-        if engine_made and verify and runs_here(chosen):
-            _verify_built(folder, opened, chosen, part_of(progress, 0.75, 1.0))
+        checks = verify and runs_here(chosen)
+        if store is not None:
+            needed = backend.estimate(job.spec, chosen, parallel)
+            asked = check if checks else None
+            folder = Store(store).obtain(parts, write, verify=asked, output=folder, needed=needed, progress=progress)
+        elif folder is not None:
+            write(folder)
+            if checks and (folder / MANIFEST_NAME).is_file():
+                check(folder)
         progress("done", 1.0)
+    assert folder is not None
     return folder
+
+
+def _publish(job: Job, folder: Path, name: str, tools: Mapping[str, str], progress: Progress) -> None:
+    """Check the weights, and write the engine, whole, without a verdict."""
+    backend, opened = backend_of(job.target.runtime), job.checkpoint
+    opened.validate(part_of(progress, 0.0, 0.25))
+    opened.report_notes()
+    with new_folder(folder, needed=backend.estimate(job.spec, job.target, job.parallel)) as work:
+        written = backend.write(job, work, part_of(progress, 0.25, 1.0))
+        opened.text.copy_to(work)
+        if written.graph is not None:
+            record(work, job, written, name, tools)
 
 
 def _verify_built(folder: Path, checkpoint: Checkpoint, target: Target, progress: Progress) -> None:
@@ -117,6 +160,21 @@ def _unverified(folder: Path, error: BaseException) -> BuildError:
         found=str(error) or type(error).__name__,
         remedy=f"verify it with: ngpt-deploy verify {folder} --checkpoint DIR (build --no-verify leaves it out)",
     )
+
+
+def engine_parts(checkpoint: str | Path, target: Target, name: str | None, parallel: Parallel, **opening: Any) -> dict[str, Any]:
+    """What the engine of a checkpoint would be made of (`engines.identity`). Reads the weights for their digest.
+
+    opening: options of `open_checkpoint`.
+    """
+    engine = engine_name(name, checkpoint)
+    check_division(target, parallel)
+    backend = backend_of(target.runtime)
+    tools = backend.tools()
+    with open_checkpoint(checkpoint, **opening) as opened:
+        job = Job(opened, target, parallel)
+        backend.check(job.spec, target, parallel)
+        return components(job, engine, tools)
 
 
 def dry_run(checkpoint: str | Path, target: Target, output: Path, parallel: Parallel, **opening: Any) -> str:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 FLOAT8_LARGEST = 448.0
 """The largest value of float8_e4m3fn."""
+_SMALLEST_NORMAL = np.float32(2.0**-126)
 _AT_ONCE = 1 << 22  # weights in flight while rounding: a head of 131072 rows takes gigabytes of scratch at once
 
 
@@ -75,8 +76,11 @@ def _to_integers(weight: NDArray[np.float32], bits: int, block: int) -> tuple[ND
     largest = np.take_along_axis(padded, np.abs(padded).argmax(axis=-1)[..., None], axis=-1)
     low, zero = -(1 << (bits - 1)), 1 << (bits - 1)
     scales = largest / np.float32(low)
-    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
-    codes = (np.clip(np.rint(padded * inverse), low, zero - 1) + zero).astype(np.uint8)
+    tiny = np.abs(scales) < _SMALLEST_NORMAL  # whose inverse may be beyond float32
+    quotients = padded * np.divide(1.0, scales, out=np.zeros_like(scales), where=~tiny)
+    if (inexact := tiny & (scales != 0)).any():
+        np.divide(padded, scales, out=quotients, where=np.broadcast_to(inexact, padded.shape))
+    codes = (np.clip(np.rint(quotients), low, zero - 1) + zero).astype(np.uint8)
     if bits == 4:
         codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
     return codes, scales[..., 0].astype(np.float32)
@@ -84,7 +88,8 @@ def _to_integers(weight: NDArray[np.float32], bits: int, block: int) -> tuple[ND
 
 def _to_float8(weight: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[np.float32]]:
     largest = np.abs(weight).max(axis=1, keepdims=True)
-    scale = np.where(largest > 0, largest / np.float32(FLOAT8_LARGEST), np.float32(1)).astype(np.float32)
+    scale = largest / np.float32(FLOAT8_LARGEST)
+    scale = np.where(scale < _SMALLEST_NORMAL, np.float32(1), scale).astype(np.float32)  # a row of zeros, or of nothing else
     return (weight / scale).astype(_float8()), scale
 
 

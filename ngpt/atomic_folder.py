@@ -6,6 +6,8 @@ Beside OUTPUT lies, while it is written, a hidden working folder `.OUTPUT.<rando
     folder/    becomes OUTPUT by one rename, or is scratch that never does
     ...        scratch of whoever writes, which goes when the rest goes
 
+A folder that is taken away goes the same way backwards.
+
 Whoever makes a folder next in the same place removes those whose `owner` nobody holds. A process id would not do: it
 may be another's by then.
 """
@@ -147,6 +149,16 @@ def check_free(output: Path, *, into_empty: bool = False, kind: type[NGPTDeployE
             expected="a new or empty folder" if into_empty else "a path that does not exist yet",
             remedy="choose another --output, or remove it",
         )
+
+
+def remove_folder(folder: Path) -> None:
+    """Take a folder away, whole: its name is free at once, and what a killed removal leaves is swept. Raises OSError."""
+    work, lock = _claim(folder)
+    try:
+        folder.replace(work / _FOLDER)
+    finally:
+        _remove(work)
+        os.close(lock)
 
 
 def sweep(parent: Path) -> list[Path]:

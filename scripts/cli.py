@@ -1,4 +1,4 @@
-"""`ngpt-deploy`: plan, build, verify, package, serve, openai, chat, generate, inspect, convert, bench."""
+"""`ngpt-deploy`: plan, build, verify, package, serve, openai, chat, generate, inspect, convert, bench, store, doctor."""
 
 import argparse
 import contextlib
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from engines.target import load_targets
 from ngpt import __version__
-from scripts.commands import building, chatting, inspecting, planning, serving, talking, verifying
+from scripts.commands import building, chatting, doctoring, inspecting, planning, serving, storing, talking, verifying
 from scripts.commands.options import Help, Parser, Run
 from scripts.signals import stopping
 from scripts.terminal import NAME, fail, finish_output, prepared, stopped
@@ -57,6 +57,8 @@ def parser() -> argparse.ArgumentParser:
     inspecting.add_inspect(command)
     building.add_convert(command)
     building.add_bench(command)
+    storing.add_store(command)
+    doctoring.add_doctor(command, targets)
     return top
 
 

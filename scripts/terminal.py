@@ -130,7 +130,9 @@ def prepared() -> Iterator[None]:
     """Warnings and notes in one line, put back at the end; and text that any terminal's encoding can take."""
     _open_closed_streams()
     notes, log = _Notes(), logging.getLogger("ngpt")
+    level = log.level
     log.addHandler(notes)
+    log.setLevel(logging.INFO)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: say("", f"warning: {message}")  # type: ignore[assignment]
         for stream in (sys.stdout, sys.stderr):
@@ -140,3 +142,4 @@ def prepared() -> Iterator[None]:
             yield
         finally:
             log.removeHandler(notes)
+            log.setLevel(level)

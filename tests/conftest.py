@@ -27,6 +27,7 @@ SLOW_FILES = (
     "tests/engines/test_outside_runtime.py",
     "tests/export/plugins/test_numerics.py",  # compiles the kernels for the CPU first
     # A real server, processes that are stopped by signals, and deadlines: minutes, and other tests beside them disturb them.
+    "tests/test_killed_builds.py",
     "tests/test_signals.py",
     "tests/test_soak.py",
     "tests/openai/test_commands.py",
@@ -62,6 +63,7 @@ SLOW = {
         "test_golden_tokens_from_a_built_engine",
         "test_verify_passes_a_right_engine_in_every_precision",
     ),
+    "tests/engines/test_store.py": ("test_what_was_built_is_found_and_not_built_again",),
     "tests/engines/test_text_ends.py": ("test_an_engine_without_a_tokenizer_is_served_for_tokens",),
     "tests/engines/test_trtllm.py": (
         "test_an_engine_with_an_fp8_cache_is_built_and_described",
@@ -98,6 +100,7 @@ SLOW = {
         "test_a_limit_of_file_sizes_is_named_and_nothing_stays",
         "test_a_missing_library_of_any_kind_is_one_line_that_says_how_to_install_it",
     ),
+    "tests/test_doctor.py": ("test_this_machine_can_build_for_its_cpu",),
     "tests/test_docs.py": (
         "test_readme_commands_and_python_run",
         "test_the_site_has_every_guide_and_every_public_name",

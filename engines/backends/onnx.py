@@ -17,6 +17,7 @@ from engines.memory import total_bytes
 from engines.runtime.manifest import Manifest
 from engines.runtimes import RUNTIMES
 from engines.target import Target
+from export.journal import Journal
 from export.network import define_network
 from export.precision import Precision
 from export.trtllm.parallel import Parallel
@@ -56,7 +57,8 @@ class OnnxBackend:
         return total_bytes(spec, target.precision) + _SMALL_FILES
 
     def write(self, job: Job, folder: Path, progress: Progress) -> Written:
-        graph = export_graph(job.weights, job.target.form, job.target.precision, folder / GRAPH, progress)
+        weights, target = job.weights, job.target
+        graph = export_graph(weights, target.form, target.precision, folder / GRAPH, progress, journal=job.journal)
         for name, content in (
             ("genai_config.json", genai_config(job.spec, job.target, graph.cache_channels)),
             ("config.json", hub_config(job.spec, job.target, graph.cache_channels, graph.external_data)),
@@ -87,25 +89,23 @@ def export_graph(
     path: Path,
     progress: Progress = silent,
     taps: tuple[str, ...] = (),
+    journal: Journal | None = None,
 ) -> Graph:
     """Write an ONNX graph of form "ort" or "portable"; tensors are read, folded, quantised and written one at a time.
 
-    Raises MissingPackageError when the exporter's packages are not installed.
+    `journal`: of a build that was killed; weights in a file of their own that are complete are not made again. Raises
+    MissingPackageError when the exporter's packages are not installed.
     """
     ir, lowerings = _exporter()
     lowering = lowerings.OnnxPortable if form == "portable" else lowerings.OnnxRuntime
     lowered = lowering(weights, precision)
     model = lowered.finish(define_network(lowered), taps)
     sizes = [value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None]
-
-    def step(tensor: Any, info: Any) -> None:
-        progress(f"writing {tensor.name}", info.index / max(info.total, 1))
-
     external_data = sum(sizes) >= EXTERNAL_DATA_FROM
     if not external_data:
         ir.save(model, path)
     else:
-        ir.save(model, path, external_data=path.name + EXTERNAL_DATA_SUFFIX, size_threshold_bytes=1024, callback=step)
+        lowerings.save_with_data(model, path, path.name + EXTERNAL_DATA_SUFFIX, progress, journal)
     return Graph(lowered.cache_channels, external_data)
 
 

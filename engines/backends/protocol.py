@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from engines.runtime.manifest import Manifest
 from engines.runtimes import Runtime
 from engines.target import Target
+from export.journal import Journal
 from export.precision import Precision
 from export.trtllm.parallel import Parallel
 from export.weights import DeployedWeights
@@ -27,11 +28,13 @@ TapFunction = Callable[[NDArray[np.int64]], dict[str, NDArray[np.float32]]]
 
 @dataclass(frozen=True)
 class Job:
-    """One build: the checkpoint, read and checked, what it is built for, and among how many GPUs it is divided."""
+    """One build: the checkpoint, read and checked, what it is built for, among how many GPUs it is divided, and what of it an
+    earlier process has completed (None: what is killed begins anew)."""
 
     checkpoint: Checkpoint
     target: Target
     parallel: Parallel
+    journal: Journal | None = None
 
     @property
     def spec(self) -> NGPTSpec:

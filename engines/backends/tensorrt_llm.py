@@ -61,7 +61,13 @@ class TensorRTLLMBackend:
         target, parallel = job.target, job.parallel
         (folder / "checkpoint").mkdir()
         convert(
-            job.weights, folder / "checkpoint", parallel, target.precision, part_of(progress, 0.0, 0.7), kernels=_kernels(target)
+            job.weights,
+            folder / "checkpoint",
+            parallel,
+            target.precision,
+            part_of(progress, 0.0, 0.7),
+            kernels=_kernels(target),
+            journal=job.journal,
         )
         arguments = build_arguments(job.spec, target, parallel)
         (folder / "build.sh").write_text(_script(arguments), encoding="utf-8")

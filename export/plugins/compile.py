@@ -58,6 +58,22 @@ def parameters(ptx: str, name: str) -> tuple[str, ...]:
     return tuple(re.findall(r"\.param\s+\.(\w+)", entry[1]))
 
 
+def compiler() -> str:
+    """Which compiler makes the PTX here, and its version; "none" where there is none."""
+    nvrtc = _nvrtc()
+    if nvrtc is not None:
+        _, major, minor = nvrtc.nvrtcVersion()
+        return f"NVRTC {major}.{minor}"
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return "none"
+    try:
+        asked = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return f"{nvcc}, which does not answer"
+    return asked.stdout.strip().rpartition("\n")[2]
+
+
 def _nvrtc() -> Any:
     """cuda-bindings' NVRTC, or None where it or the library under it is not installed."""
     try:

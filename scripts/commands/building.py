@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.target import AUTO, DEFAULT, Target, with_kv_cache
+from ngpt.errors import BuildError
 from scripts.commands.options import Bar, Command, add_text, positive
 from scripts.commands.verifying import conclude
 from scripts.terminal import plain
@@ -30,7 +31,24 @@ def add_build(command: Command, targets: list[Target]) -> None:
     )
     add_text(build)
     build.add_argument("--allow-off-sphere", action="store_true", help=OFF_SPHERE)
-    build.add_argument("--output", required=True, help="engine folder to make; must not exist")
+    build.add_argument("--output", help="engine folder to make; must not exist. Needed unless there is a --store")
+    build.add_argument(
+        "--store",
+        metavar="DIR",
+        help="folder of engines by what they are made of (ngpt-deploy store): one of the same checkpoint, target, options, code "
+        "and library versions is taken from there, and one that is built is kept there. --output gets a copy",
+    )
+    build.add_argument(
+        "--explain",
+        action="store_true",
+        help="with --store: say whether the engine is there or, if not, in what it differs from the nearest; build nothing",
+    )
+    build.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue where a killed build of the same engine to the same place stopped, and leave what is complete for the "
+        "next one (ONNX weights from 64 MB on, TensorRT-LLM conversions)",
+    )
     build.add_argument("--name", help="name in the manifest; the checkpoint folder's if not given")
     build.add_argument("--no-verify", action="store_true", help="skip parity; the packager will then refuse the engine")
     build.add_argument("--tp", type=int, default=1, help="cards a layer is divided among (TensorRT-LLM targets)")
@@ -71,6 +89,10 @@ def add_bench(command: Command) -> None:
 def _build(args: argparse.Namespace) -> int:
     from engines.build import build_engine
 
+    if args.output is None and args.store is None:
+        raise BuildError("there is no place for the engine", expected="--output, --store, or both")
+    if args.explain:
+        return _explain(args)
     if args.dry_run:
         return _dry_run(args)
     with Bar() as bar:
@@ -84,6 +106,8 @@ def _build(args: argparse.Namespace) -> int:
             tp=args.tp,
             pp=args.pp,
             kv_cache=args.kv_cache,
+            store=args.store,
+            resume=args.resume,
             progress=bar,
             **_opening(args),
         )
@@ -107,7 +131,21 @@ def _dry_run(args: argparse.Namespace) -> int:
     from export.trtllm.parallel import Parallel
 
     target = with_kv_cache(choose_target(args.target, args.precision), args.kv_cache)
-    print(dry_run(args.checkpoint, target, Path(args.output), Parallel(args.tp, args.pp), **_opening(args)))
+    output = Path(args.output or Path(args.store) / "KEY" / "engine")
+    print(dry_run(args.checkpoint, target, output, Parallel(args.tp, args.pp), **_opening(args)))
+    return 0
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from engines.build import choose_target, engine_parts
+    from engines.store import explain
+    from export.trtllm.parallel import Parallel
+
+    if args.store is None:
+        raise BuildError("--explain compares with a store", expected="--store DIR")
+    target = with_kv_cache(choose_target(args.target, args.precision), args.kv_cache)
+    parts = engine_parts(args.checkpoint, target, args.name, Parallel(args.tp, args.pp), **_opening(args))
+    print("\n".join(plain(line, 500) for line in explain(Path(args.store), parts)))
     return 0
 
 

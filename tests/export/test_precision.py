@@ -23,6 +23,17 @@ def weights(rows=7, columns=96):
     return np.random.default_rng(0).standard_normal((rows, columns)).astype(np.float32)
 
 
+@pytest.mark.parametrize("code", ["int4/32/float32", "int8/row/float32", "float8_e4m3/row/float32"])
+def test_rows_of_almost_nothing_stay_almost_nothing(code):
+    """A scale below the normal numbers has an inverse beyond float32. Rows of a head may be such: sz multiplies them."""
+    weight = weights(rows=60) * np.float32(2.0) ** -np.arange(100, 160, dtype=np.float32)[:, None]
+    weight[-1] = 0
+    result = Format.parse(code).quantize(weight)
+    assert np.isfinite(result.scales).all() and np.isfinite(result.dequantize()).all()
+    assert (np.abs(result.dequantize() - weight) <= np.abs(weight).max(axis=1, keepdims=True)).all()
+    assert (result.dequantize()[-1] == 0).all()
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("columns", [32, 64, 80, 100])
 def test_error_is_within_half_a_step(bits, columns):
