@@ -6,11 +6,10 @@ is shown of these two is that the gate sees the fault in the network and in the 
 """
 
 import contextlib
-from pathlib import Path
 
 import numpy as np
 
-from engines.backends import Job
+from engines.backends import Job, backend_of
 from engines.backends.protocol import Written
 from engines.record import record
 from engines.runtime.onnx_runner import OnnxRunner
@@ -18,6 +17,7 @@ from engines.runtime.slots import Slots
 from engines.target import load_target
 from export.network import define_network
 from export.precision import TENSORRT, TENSORRT_LLM
+from export.taps import tap_names
 from export.trtllm.parallel import Parallel
 from tests.doubles.cuda_double import CudaDouble, decoder
 from tests.doubles.modules import swapped
@@ -31,10 +31,6 @@ SLOTS = 3
 def subclass(base, *mixins):
     """The class with the faults before it."""
     return type("Faulty" + base.__name__, (*(m for m in mixins if m is not None), base), {})
-
-
-def tap_names(spec):
-    return ["embed", *(f"layers.{i}.{part}.update" for i in range(spec.num_layers) for part in ("attn", "mlp"))]
 
 
 class Onnx:
@@ -63,7 +59,9 @@ class Onnx:
         job = Job(checkpoint, self.target, Parallel())
         manifest = record(folder, job, Written(graph.name, {"form": self.target.form}), mutation.name, {})
         runner = subclass(OnnxRunner, mutation.runner, _OnnxBooks)(folder, manifest, SLOTS, threads=1)
-        yield runner, _onnx_taps(graph, checkpoint.spec, lowered)
+        scratch = folder / "taps"
+        scratch.mkdir()
+        yield runner, backend_of(self.runtime).taps(folder, manifest, self.precision, scratch)
         runner.release()
 
 
@@ -86,28 +84,6 @@ class _OnnxBooks:
         self._slots.lengths[row] -= 1
         if not self.in_place:
             self._cache._state[row] = [array[:, :, :-1] for array in self._cache._state[row]]
-
-
-def _onnx_taps(graph, spec, lowered):
-    """The file that the engine runs, with its values by name as further outputs."""
-    import onnx
-    import onnxruntime
-
-    model = onnx.load(graph)
-    names = tap_names(spec)
-    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 3, 1
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    empty = np.zeros((1, spec.num_kv_heads, 0, lowered.cache_channels), np.float32)
-    past = {f"past_key_values.{i}.{kind}": empty for i in range(spec.num_layers) for kind in ("key", "value")}
-
-    def run(ids):
-        positions = np.arange(len(ids), dtype=np.int64)[None]
-        feeds = past | {"input_ids": ids[None], "attention_mask": np.ones_like(positions), "position_ids": positions}
-        return {name: value[0].astype(np.float32) for name, value in zip(names, session.run(names, feeds), strict=True)}
-
-    return run
 
 
 class TensorRT:
@@ -135,7 +111,7 @@ class TensorRT:
         if self.composed:
             for feature in OLD_FEATURES:
                 setattr(library, feature, False)
-        spec, names = checkpoint.spec, tap_names(checkpoint.spec)
+        spec = checkpoint.spec
         cache = "past-present" if self.composed else "in-place"
         sizes = {"prefill_tokens": 64, "decode_batch": SLOTS + 1}
         write_engine(folder, spec, cache=cache, cache_dtype=self.precision.cache, max_length=spec.max_length, flags=sizes)
@@ -145,8 +121,10 @@ class TensorRT:
             faulty = subclass(Native, mutation.of(mutation.network, self.kinds), TensorRTWords)
             _builder, network = library.create_network()
             ops = faulty(weights, library, network, scratch, self.precision)
+            logits = define_network(ops)
+            names = [name for name in tap_names(spec.num_layers) if name in ops.values]
             net = Network.__new__(Network)
-            net.spec, net.evaluate = spec, Evaluator(library.trt, ops.finish(define_network(ops), names))
+            net.spec, net.evaluate = spec, Evaluator(library.trt, ops.finish(logits, names))
             books = mutation.runner
 
             def evaluate(feeds):
@@ -160,12 +138,18 @@ class TensorRT:
 
                 def taps(ids):
                     seen = Network.run(net, ids, first=len(ids))
-                    return {name: seen[f"{name}.tap"].astype(np.float32) for name in names}
+                    return {name: _by_token(seen[f"{name}.tap"]) for name in names}
 
                 # As for a plan, of quantised networks the logits alone: the scales of rows with suv in them are rounded to
                 # float16, and PyTorch's of the same rows without it otherwise, which the values inside show.
                 yield runner, None if self.precision.quantised else taps
                 runner.release()
+
+
+def _by_token(value):
+    """[heads, T, D] or [T, n] as float32 [T, n]."""
+    value = value.swapaxes(0, 1) if value.ndim == 3 else value
+    return value.reshape(len(value), -1).astype(np.float32)
 
 
 class _TensorRTBooks:
@@ -215,7 +199,7 @@ class TrtllmRunner:
     def __init__(self, engine, spec):
         self.engine, self.num_slots = engine, engine.slots
         self.vocab_size, self.max_length = spec.vocab_size, spec.max_length
-        self._names = tap_names(spec)
+        self._names = tap_names(spec.num_layers, fine=False)
         self._slots = Slots(self.num_slots, self.max_length)
 
     def open(self):
@@ -282,8 +266,3 @@ LOWERINGS = {
 }
 """Name -> what makes and runs an engine of it."""
 
-
-def engine_folder(scratch: Path, number: int) -> Path:
-    folder = scratch / str(number)
-    folder.mkdir(parents=True)
-    return folder

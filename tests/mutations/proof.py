@@ -12,6 +12,7 @@ import safetensors.numpy
 
 from engines.parity import verify
 from engines.parity.gate import MEAN_MULTIPLE
+from export.taps import position_of
 from ngpt.checkpoint import open_checkpoint
 from tests.mutations.lowerings import LOWERINGS
 from tests.mutations.table import FAITHFUL, MUTATIONS
@@ -20,7 +21,6 @@ from tests.mutations.weights import LAYER
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 STEPS = 16
 _TAP = "angle at "
-ORDER = ("attn.q_scaled", "attn.k_norm", "attn.v", "attn.out", "attn.o", "attn.update", "mlp.act", "mlp.down", "mlp.update")
 FAINT = 3e-4
 """Factor of suv in one layer: relu2 squares it, and the branch is then about as long as the eps of its norm."""
 
@@ -177,13 +177,7 @@ def plan(only=None, lowerings=None):
 
 def expected(first, taps):
     """The first of the taps that a lowering shows at or after the one where a fault begins; None for a fault that none shows."""
-    return None if first is None else min((tap for tap in taps if place(tap) >= place(first)), key=place)
-
-
-def place(tap):
-    """Sorts taps into the order of the forward pass."""
-    parts = tap.split(".", 2)
-    return (-1, 0) if len(parts) < 3 else (int(parts[1]), ORDER.index(parts[2]))
+    return None if first is None else min((tap for tap in taps if position_of(tap) >= position_of(first)), key=position_of)
 
 
 def by_name(name):

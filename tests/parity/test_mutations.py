@@ -5,10 +5,11 @@ import json
 
 import pytest
 
+from export.taps import position_of
 from scripts.mutations import RESULTS, main
 from tests.mutations import publish
 from tests.mutations.lowerings import LOWERINGS
-from tests.mutations.proof import Cell, by_name, expected, judged, place, proof
+from tests.mutations.proof import Cell, by_name, expected, judged, proof
 from tests.mutations.table import FAITHFUL, MUTATIONS
 
 CHOSEN = {
@@ -58,7 +59,7 @@ def test_a_gate_that_is_blind_or_names_the_wrong_place_is_told():
 def test_faults_have_names_of_their_own_and_places_that_there_are():
     assert len({each.name for each in MUTATIONS}) == len(MUTATIONS) >= 40
     for each in MUTATIONS:
-        assert each.first is None or place(each.first)
+        assert each.first is None or position_of(each.first)
         assert bool(each.without) == any(not each.applies(make().kinds) for make in LOWERINGS.values()), each.name
     assert expected("layers.1.attn.o", ("embed", "layers.1.mlp.update", "layers.1.attn.update")) == "layers.1.attn.update"
 
