@@ -1,106 +1,18 @@
-"""Driving an engine teacher-forced through its runner, and measuring how far two outputs are apart."""
+"""How far two outputs are apart."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.parity.prompts import TokenSequence
-from engines.parity.scratch import Scratch
 from engines.parity.taps import angle
-from ngpt.errors import EngineError
 
 Array = NDArray[np.float64]
 _AT_ONCE = 1 << 22  # logits of a block of positions
-
-
-class Runner(Protocol):
-    """The part of the engine runtime's runner that the check drives."""
-
-    vocab_size: int
-    num_slots: int
-    max_length: int
-
-    def open(self) -> int:
-        """Reserve a cache slot."""
-
-    def close(self, slot: int) -> None:
-        """Free it."""
-
-    def prefill(self, slot: int, tokens: NDArray[np.int64], *, all_logits: bool = False) -> NDArray[np.float32]:
-        """Append tokens [T] to the slot's cache; logits [V], or [T, V] for all."""
-
-    def decode(self, slots: Sequence[int], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-        """One token per slot; logits [n, V]."""
-
-
-def run_engine(
-    runner: Runner,
-    sequences: Sequence[TokenSequence],
-    scratch: Scratch | None = None,
-    tick: Callable[[], None] = lambda: None,
-) -> list[NDArray[np.float32]]:
-    """Prefill and decode every sequence, several at a time so that batches are ragged, as in service: logits [T, V] of each.
-
-    Every second prompt is prefilled in two pieces: a chunked prefill must give the same logits as a whole one.
-    """
-    outputs: list[NDArray[np.float32]] = []
-    for start in range(0, len(sequences), max(1, runner.num_slots)):
-        group = sequences[start : start + max(1, runner.num_slots)]
-        outputs += _run_group(runner, group, start, scratch or Scratch(), tick)
-    return outputs
-
-
-def continue_greedily(runner: Runner, prompt: Sequence[int], steps: int) -> list[int]:
-    """The runner's own next ``steps`` tokens after a prompt; an end-of-sequence token does not stop it."""
-    slot, found = runner.open(), []
-    try:
-        logits = runner.prefill(slot, np.asarray(prompt, dtype=np.int64))
-        for step in range(steps):
-            found.append(int(np.argmax(logits)))
-            if step + 1 < steps:
-                logits = runner.decode([slot], np.asarray(found[-1:], dtype=np.int64))[0]
-    finally:
-        runner.close(slot)
-    return found
-
-
-def _run_group(
-    runner: Runner, group: Sequence[TokenSequence], first: int, scratch: Scratch, tick: Callable[[], None]
-) -> list[NDArray[np.float32]]:
-    slots: list[int] = []
-    out = [scratch.array((len(s.tokens), runner.vocab_size), np.float32) for s in group]
-    try:
-        for index, sequence in enumerate(group):
-            slots.append(runner.open())
-            prompt = np.asarray(sequence.tokens[: sequence.prompt_length], dtype=np.int64)
-            middle = len(prompt) // 2 if (first + index) % 2 else 0
-            for begin, end in ((0, middle), (middle, len(prompt))):
-                if begin < end:
-                    logits = runner.prefill(slots[-1], prompt[begin:end], all_logits=True)
-                    out[index][begin:end] = _shaped(logits, (end - begin, runner.vocab_size), "prefill")
-            tick()
-        for step in range(max(len(s.tokens) - s.prompt_length for s in group)):
-            active = [i for i, s in enumerate(group) if s.prompt_length + step < len(s.tokens)]
-            tokens = np.asarray([group[i].tokens[group[i].prompt_length + step] for i in active], dtype=np.int64)
-            logits = runner.decode([slots[i] for i in active], tokens)
-            for i, row in zip(active, _shaped(logits, (len(active), runner.vocab_size), "decode"), strict=True):
-                out[i][group[i].prompt_length + step] = row
-            tick()
-    finally:
-        for slot in slots:
-            runner.close(slot)
-    return out
-
-
-def _shaped(logits: NDArray[np.float32], shape: tuple[int, int], where: str) -> NDArray[np.float32]:
-    if logits.shape != shape:
-        raise EngineError(f"logits of {where}", expected=str(list(shape)), found=str(list(logits.shape)))
-    return logits
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.backends import TapFunction, backend_of
-from engines.parity.compare import Runner
+from engines.parity.driving import Runner
 from engines.parity.scratch import Scratch
 from engines.parity.subject import Subject, check_checkpoint, subject_of
 from engines.record import recorded_precision

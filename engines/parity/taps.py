@@ -7,15 +7,15 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-_LENGTH_COUNTS = ("attn.q_scaled", "attn.k_norm", "attn.v", "attn.out")
+_LENGTH_COUNTS = ("embed", "attn.q_scaled", "attn.k_norm", "attn.v", "attn.out", "attn.update", "mlp.update")
 
 
 def tap_distance(name: str, reference: NDArray[np.floating], run: NDArray[np.floating]) -> Array:
     """How far two values [T, n] of a tap are apart at each position [T].
 
-    The angle in radians: the hidden states have unit norm, and the length of what a norm follows says nothing (float16
-    engines scale relu2's branch). Where the length counts, it is the length of the difference over that of the reference,
-    which for a small difference of equal lengths is the angle too.
+    The length of the difference over that of the reference, which for a small difference of equal lengths is the angle in
+    radians: hidden states must have unit norm, and one that has not is as wrong as one that points elsewhere. Of what a norm
+    follows the angle alone, because its length says nothing (float16 engines scale relu2's branch).
     """
     x, y = (np.asarray(value, np.float64).reshape(len(value), -1) for value in (reference, run))
     if name.split(".", 2)[-1] not in _LENGTH_COUNTS:

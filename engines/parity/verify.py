@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.backends import TapFunction
-from engines.parity.compare import Array, Distance, Runner, continue_greedily, distance, run_engine
+from engines.parity.compare import Array, Distance, distance
+from engines.parity.driving import Runner, continue_greedily, run_engine
 from engines.parity.gate import Loss, Measured
 from engines.parity.invariants import invariants_of
 from engines.parity.opening import opened

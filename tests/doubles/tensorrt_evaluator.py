@@ -181,12 +181,20 @@ class Evaluator:
         return np.concatenate(parts, axis=layer.axis)
 
     def _rotary_embedding(self, layer, x, cos, sin, positions):
-        assert not layer.interleaved
+        turn = self._neighbours if layer.interleaved else self._halves
         half = cos.shape[-1]
         assert layer.rotary_embedding_dim in (0, 2 * half)
         cos, sin = (table.astype(np.float64)[positions][:, None] for table in (cos, sin))
-        a, b, rest = (part.astype(np.float64) for part in np.split(x, [half, 2 * half], axis=-1))
-        return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+        turned, rest = (part.astype(np.float64) for part in np.split(x, [2 * half], axis=-1))
+        return np.concatenate([turn(turned, cos, sin), rest], axis=-1)
+
+    def _halves(self, x, cos, sin):
+        a, b = np.split(x, 2, axis=-1)
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+    def _neighbours(self, x, cos, sin):
+        a, b = x[..., 0::2], x[..., 1::2]
+        return np.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape)
 
     def _kv_cache_update(self, layer, cache, new, write_at):
         out = cache.copy()
