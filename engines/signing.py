@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,11 @@ _MAX_BYTES = 4 << 20  # of an envelope; a key is far smaller
 _RESULTS = {"pass": "PASSED", "fail": "FAILED"}
 
 
-def sign_verdict(manifest: Manifest, report: Mapping[str, str], verdict: str, key: Path) -> str:
-    """The line of `SIGNATURE_FILE`: a signed statement of the verdict.
+def signing_with(key: Path) -> Callable[[Manifest, Mapping[str, str], str], str]:
+    """A function that makes the line of `SIGNATURE_FILE`, a signed statement, of the manifest of an engine, of the report's
+    SHA-256 by name, and of the verdict ("pass" or "fail"). The key is read now, the signature made when a verdict is there.
 
     Args:
-        manifest: of the engine, without its report.
-        report: name to SHA-256 of the report.
-        verdict: "pass" or "fail".
         key: a private key in PEM; `PASSPHRASE` opens it where it is encrypted.
 
     Raises:
@@ -41,20 +39,23 @@ def sign_verdict(manifest: Manifest, report: Mapping[str, str], verdict: str, ke
     dsse, signer, serialization = _libraries()
     try:
         passphrase = os.environ.get(PASSPHRASE)
-        private = serialization.load_pem_private_key(
-            read_bounded(key, _MAX_BYTES), None if passphrase is None else passphrase.encode()
-        )
-        payload = json.dumps(_statement(manifest, report, verdict), sort_keys=True, separators=(",", ":")).encode()
-        envelope = dsse.Envelope(payload, PAYLOAD_TYPE, {})
-        envelope.sign(signer.CryptoSigner(private))
-    except (OSError, ValueError, TypeError, EngineFileError) as error:
+        secret = None if passphrase is None else passphrase.encode()
+        made = signer.CryptoSigner(serialization.load_pem_private_key(read_bounded(key, _MAX_BYTES), secret))
+    except Exception as error:  # the library has its own for keys of kinds that it does not know
         raise BuildError(
             f"the key {key} cannot sign",
             expected="a private key in PEM",
             found=str(error)[:300],
             remedy=f"make one with: openssl genpkey -algorithm ed25519 -out key.pem; an encrypted one is opened by {PASSPHRASE}",
         ) from error
-    return json.dumps(envelope.to_dict(), sort_keys=True) + "\n"
+
+    def sign(manifest: Manifest, report: Mapping[str, str], verdict: str) -> str:
+        payload = json.dumps(_statement(manifest, report, verdict), sort_keys=True, separators=(",", ":")).encode()
+        envelope = dsse.Envelope(payload, PAYLOAD_TYPE, {})
+        envelope.sign(made)
+        return json.dumps(envelope.to_dict(), sort_keys=True) + "\n"
+
+    return sign
 
 
 def check_signature(folder: Path, manifest: Manifest, key: Path) -> None:

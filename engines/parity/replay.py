@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engines.parity.compare import Distance, distance, run_engine
+from engines.parity.compare import Distance, distance
+from engines.parity.driving import run_engine
 from engines.parity.opening import opened
 from engines.parity.prompts import TokenSequence
 from engines.parity.quantized import quantization_of

@@ -63,6 +63,7 @@ def _verify(args: argparse.Namespace) -> int:
     engine = args.engine.absolute()  # a name of its own, too, where "." was given
     _check_options(args, engine)
     reporting = Reporting.of(args, engine)
+    signature = _signature(args)
     with _place(args.report):
         adopting = args.adopt is not None
         report = _adopted(args.adopt, engine) if adopting else _compared(args, engine, reporting)
@@ -70,7 +71,7 @@ def _verify(args: argparse.Namespace) -> int:
     if args.report is not None:
         report.write(args.report)
     if not args.no_record:
-        record_verdict(engine, report, signature=_signature(args))
+        record_verdict(engine, report, signature=signature)
     elif args.report is None:
         place = engine.with_name(engine.name + "-parity")
         report.write(place)
@@ -166,10 +167,10 @@ def _signature(args: argparse.Namespace) -> Signature | None:
     """Of the key; or that which lies beside an adopted report."""
     from engines.runtime.manifest import read_bounded
     from engines.runtime.verdict import MAX_REPORT_BYTES, SIGNATURE_FILE
-    from engines.signing import sign_verdict
+    from engines.signing import signing_with
 
     if args.sign is not None:
-        return lambda manifest, files, verdict: sign_verdict(manifest, files, verdict, args.sign)
+        return signing_with(args.sign)
     if args.adopt is None or not (beside := args.adopt.with_name(SIGNATURE_FILE)).is_file():
         return None
     text = read_bounded(beside, MAX_REPORT_BYTES).decode("utf-8", "replace")

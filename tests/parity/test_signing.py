@@ -128,11 +128,11 @@ def test_the_signature_of_another_engine_or_of_a_failure_does_not_do(engine, mad
     with pytest.raises(PackagingError, match="signature of something else.*PASSED.*of other files"):
         check_signature(engine, read_manifest(engine), made[2])
     failed = shutil.copytree(made[1], tmp_path / "failed")
-    from engines.signing import sign_verdict
+    from engines.signing import signing_with
 
     read = read_manifest(failed)
     report = {"parity.json": read.files["parity.json"].sha256}
-    forge(failed, sign_verdict(read, report, "fail", made[0] / "key.pem"))
+    forge(failed, signing_with(made[0] / "key.pem")(read, report, "fail"))
     with pytest.raises(PackagingError, match="signature of something else.*FAILED"):
         check_signature(failed, read_manifest(failed), made[2])
     assert line
