@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +50,12 @@ def distance(
     step = max(1, _AT_ONCE // reference.shape[1])
     starts = range(0, len(reference), step)
     following = np.asarray([*tokens[1:], 0], dtype=np.int64)[:, None]
-    parts = [_measures(reference[at : at + step], run[at : at + step], following[at : at + step]) for at in starts]
+
+    def measure(at: int) -> dict[str, NDArray[Any]]:
+        return _measures(reference[at : at + step], run[at : at + step], following[at : at + step])
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        parts = list(pool.map(measure, starts))
     found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     before, after = (found.pop(name)[:-1] for name in ("before", "after"))
     taps = dict(angles or {})

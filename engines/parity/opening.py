@@ -6,6 +6,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,11 @@ def _folder(folder: Path, checkpoint: Checkpoint, progress: Progress) -> Iterato
 
     folder = folder.absolute()  # a name of its own, too, where "." was given
     manifest = read_manifest(folder)
-    verify_files(folder, manifest, progress=progress)
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        digest = beside.submit(checkpoint.digest)  # which the checkpoint keeps
+        verify_files(folder, manifest, progress=progress)
+        progress("checking the checkpoint", 1.0)
+        digest.result()
     check_checkpoint(manifest, checkpoint)
     precision, backend = recorded_precision(manifest), backend_of(manifest.target.runtime)
     with contextlib.ExitStack() as held:

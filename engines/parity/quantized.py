@@ -66,14 +66,15 @@ class Quantization:
         kind = "float8" if self.float8 else f"int{self.bits}"
         return f"{kind}, " + ("one scale a row" if self.block_size == WHOLE_ROW else f"blocks of {self.block_size}")
 
-    def blocks(self, name: str, weight: NDArray[np.float32]) -> NDArray[np.float64]:
-        """A matrix [N, K] in float64 blocks [N, blocks, size], zero padded."""
+    def blocks(self, name: str, weight: NDArray[np.float32]) -> NDArray[np.floating]:
+        """A matrix [N, K] in blocks [N, blocks, size], zero padded; float64 where steps depend on the logarithm of a value."""
         size = self.block_of(name) or weight.shape[1]
-        padded = np.pad(weight, ((0, 0), (0, -weight.shape[1] % size)))
-        return padded.reshape(len(weight), -1, size).astype(np.float64)
+        if rest := -weight.shape[1] % size:
+            weight = np.pad(weight, ((0, 0), (0, rest)))
+        return weight.reshape(len(weight), -1, size).astype(np.float64 if self.float8 else np.float32, copy=False)
 
-    def blocks_and_step(self, name: str, weight: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """The matrix in float64 blocks [N, blocks, size], zero padded, and what one step of the format is there.
+    def blocks_and_step(self, name: str, weight: NDArray[np.float32]) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+        """The matrix in blocks [N, blocks, size], zero padded, and what one step of the format is there.
 
         Integers: 2 max|w| / (2**bits - 1) of the block, the coarsest sensible step. float8_e4m3fn: 3 bits behind the leading one
         of each value, in units that put the block's largest at 448; below 2**-6 of those units steps no longer shrink.
@@ -81,7 +82,7 @@ class Quantization:
         blocks = self.blocks(name, weight)
         largest = np.abs(blocks).max(-1, keepdims=True)
         if not self.float8:
-            return blocks, 2 * largest / (2 ** self.bits_of(name) - 1)
+            return blocks, largest * np.float32(2 / (2 ** self.bits_of(name) - 1))
         unit = np.where(largest > 0, largest, 1) / 448
         exponent = np.floor(np.log2(np.maximum(np.abs(blocks) / unit, 2.0**-6)))
         return blocks, 2.0 ** (exponent - 3) * unit
@@ -165,7 +166,7 @@ def audit_weight(name: str, before: NDArray[np.float32], after: NDArray[np.float
     error = np.abs(new - old)
     with np.errstate(over="ignore"):
         steps = np.divide(error, step, out=np.where(error > 0, np.inf, 0.0), where=step > 0)
-        return Steps(float(steps.max()), float(np.sum(steps**2)), steps.size)
+        return Steps(float(steps.max()), float(np.sum(np.square(steps), dtype=np.float64)), steps.size)
 
 
 def round_to_int8(x: torch.Tensor, block_size: int) -> torch.Tensor:

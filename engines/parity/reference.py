@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 _HEAD_BLOCK = 8192  # rows of the head at a time
+_ALIGNMENT = 64  # bytes, as memory of torch's own has
 _FLOAT32_ALWAYS = ("attn_alpha", "mlp_alpha")  # as `NGPTPreTrainedModel._keep_in_fp32_modules_strict` has it
 
 Taps = Mapping[str, NDArray[np.floating]]
@@ -83,12 +84,10 @@ class _Model:
     """What all variants share. torch is imported here: whoever only reads a report needs none."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        import torch
-
         from ngpt import NGPTConfig
         from ngpt.layers import NGPTDecoderLayer, NGPTRotaryEmbedding, ResearchPositionCode
 
-        self.layer_class, self.contiguous = NGPTDecoderLayer, torch.contiguous_format
+        self.layer_class = NGPTDecoderLayer
         self.position_classes = {"rope": NGPTRotaryEmbedding, "research": ResearchPositionCode}
         self.checkpoint, self.spec = checkpoint, checkpoint.spec
         self.config_of = lambda attention: NGPTConfig(**checkpoint.config, attn_implementation=attention)
@@ -111,19 +110,22 @@ class _Model:
             for index in range(self.spec.num_layers):
                 seen: dict[str, list[Taps]] = {}
                 progress(f"PyTorch, layer {index + 1} of {self.spec.num_layers}", index / steps)
-                for tensors, run in self._by_change(runs, f"model.layers.{index}."):
-                    seen[run.variant.name] = run.layer(index, tensors, on_taps is not None)
+                for state, run in self._states(runs, f"model.layers.{index}."):
+                    seen[run.variant.name] = run.layer(index, state, on_taps is not None)
                 _hand_out(on_taps, runs, seen)
             layers = self.spec.num_layers / steps
             return self._logits(runs, scratch, lambda part: progress("PyTorch, the head", layers + (1 - layers) * part))
 
-    def _by_change(self, runs: Sequence[_Run], prefix: str) -> Iterator[tuple[dict[str, torch.Tensor], _Run]]:
-        """The layer's tensors, changed as each run wants them; runs of one change share the work."""
+    def _states(self, runs: Sequence[_Run], prefix: str) -> Iterator[tuple[dict[str, torch.Tensor], _Run]]:
+        """The layer's tensors as each run wants them; runs of one change share the work, and those of one type the memory."""
         names = [name for name in self.stored if name.startswith(prefix)]
         for change, group in itertools.groupby(runs, key=lambda run: run.variant.change):
             tensors = {name.removeprefix(prefix): changed(name, self.checkpoint.get(name), change) for name in names}
+            states: dict[Any, dict[str, torch.Tensor]] = {}
             for run in group:
-                yield tensors, run
+                if run.dtype not in states:
+                    states[run.dtype] = {name: run.cast(tensor, name) for name, tensor in tensors.items()}
+                yield states[run.dtype], run
 
     def _logits(
         self, runs: Sequence[_Run], scratch: Scratch, tick: Callable[[float], None]
@@ -176,9 +178,13 @@ class _Run:
                 {"position_embeddings": position_code(h, positions), "attention_mask": mask, "position_ids": positions}
             )
 
-    def cast(self, tensor: torch.Tensor) -> torch.Tensor:
-        """In memory of its own, as a loaded model has it: some kernels sum in another order where data is not aligned."""
-        return tensor.to(self.dtype, copy=True, memory_format=self.model.contiguous)
+    def cast(self, tensor: torch.Tensor, name: str = "") -> torch.Tensor:
+        """In the run's type, and in memory of its own: some kernels sum in another order where data is not aligned."""
+        import torch
+
+        half = self.dtype in (torch.float16, torch.bfloat16)
+        dtype = torch.float32 if half and name in _FLOAT32_ALWAYS else self.dtype
+        return tensor.to(dtype, copy=tensor.data_ptr() % _ALIGNMENT != 0 or not tensor.is_contiguous())
 
     def shown(self, tensor: torch.Tensor) -> NDArray[np.floating]:
         """[1, T, n] as [T, n], wide enough to be exact."""
@@ -186,14 +192,12 @@ class _Run:
         array: NDArray[np.floating] = wide.numpy()
         return array
 
-    def layer(self, index: int, tensors: Mapping[str, torch.Tensor], taps: bool) -> list[Taps]:
+    def layer(self, index: int, state: Mapping[str, torch.Tensor], taps: bool) -> list[Taps]:
         """Move every sequence through the layer; what is between, by tap name, of each."""
         import torch
 
         with torch.device("meta"):
             layer = self.model.layer_class(self.config, index).eval()
-        half = self.dtype in (torch.float16, torch.bfloat16)
-        state = {n: t.float() if half and n in _FLOAT32_ALWAYS else self.cast(t) for n, t in tensors.items()}
         layer.load_state_dict(state, assign=True)
         seen: dict[str, torch.Tensor] = {}
         if taps and self.variant.tapped:

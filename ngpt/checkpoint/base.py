@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
@@ -111,12 +113,9 @@ class Checkpoint:
         """ "sha256:..." over the bytes of the tensor files, in order of their names. Reads them once."""
         if self._digest is None:
             total = hashlib.sha256()
-            for path in sorted(self.files, key=lambda path: path.name):
-                part = hashlib.sha256()
-                with path.open("rb") as file:
-                    while chunk := file.read(_CHUNK):
-                        part.update(chunk)
-                total.update(part.digest())
+            with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+                for part in pool.map(_sha256, sorted(self.files, key=lambda path: path.name)):
+                    total.update(part)
             self._digest = "sha256:" + total.hexdigest()
         return self._digest
 
@@ -171,6 +170,14 @@ class Checkpoint:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _sha256(path: Path) -> bytes:
+    part = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            part.update(chunk)
+    return part.digest()
 
 
 def check_structure(spec: NGPTSpec, infos: Mapping[str, TensorInfo], where: str) -> None:
