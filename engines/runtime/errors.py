@@ -15,7 +15,6 @@ repository; that is why it has its own root.
 
 from __future__ import annotations
 
-
 MAX_TEXT = 4000  # characters of one part of an error
 
 

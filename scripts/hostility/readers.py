@@ -344,5 +344,5 @@ def typed(error: BaseException) -> bool:
         return False
     with contextlib.suppress(Exception):
         text = str(error)
-        return len(text) < 20_000 and all(letter.isprintable() or letter == "\n" for letter in text)
+        return len(text) < 100_000 and all(letter.isprintable() or letter == "\n" for letter in text)
     return False

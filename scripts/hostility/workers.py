@@ -112,6 +112,9 @@ class _Worker:
 
 
 def _work(goods: Goods, scratch: Path, cases: Iterable[Case], seed: int, pipe: int) -> None:
+    import torch
+
+    torch.set_num_threads(1)  # other threads of the parent are not here
     scratch.mkdir(parents=True, exist_ok=True)
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
