@@ -22,13 +22,13 @@ def goods(tmp_path_factory):
 
 
 def test_spoiled_files_for_every_reader_end_in_words(goods, tmp_path):
-    cases = [(reader, number) for reader in READERS for number in range(max(15, int(700 * READERS[reader].share)))]
+    cases = [(reader, number) for reader in READERS for number in range(max(12, int(400 * READERS[reader].share)))]
     outcomes = list(run(goods, tmp_path, cases, 3, workers=2, limit=60.0))
     assert [outcome for outcome in outcomes if not hostile_files.good(outcome)] == []
     assert sorted(outcome.case for outcome in outcomes) == sorted(cases)
     for reader in READERS:  # a reader that refuses everything would be no test, and one that takes everything no reader
         assert {outcome.end for outcome in outcomes if outcome.case[0] == reader} >= {"typed"}, reader
-    assert sum(outcome.end == "accepted" for outcome in outcomes) > 30
+    assert sum(outcome.end == "accepted" for outcome in outcomes) > 15
     assert "| all |" in hostile_files.table(outcomes)
 
 
@@ -60,7 +60,7 @@ def hang(*_):
 
 
 def die(*_):
-    os.kill(os.getpid(), signal.SIGSEGV)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def unknown(*_):
