@@ -89,6 +89,8 @@ docs/measurements/README
 docs/measurements/METHOD
 docs/measurements/triton-clients
 docs/measurements/soak
+docs/measurements/hostile-files
+docs/measurements/killed-builds
 docs/SECURITY
 CHANGELOG
 ```

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from export import precision
 from export.precision import Precision
-from ngpt.errors import TargetError
+from ngpt.errors import TargetError, shown
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ RUNTIMES: dict[str, Runtime] = {
 def runtime_of(name: object) -> Runtime:
     """The runtime by name. Raises TargetError listing those there are."""
     if not isinstance(name, str) or name not in RUNTIMES:
-        raise TargetError("runtime", expected="one of " + ", ".join(RUNTIMES), found=repr(name)[:200])
+        raise TargetError("runtime", expected="one of " + ", ".join(RUNTIMES), found=shown(name, 200))
     return RUNTIMES[name]
 
 
@@ -60,5 +60,5 @@ def precision_of(runtime: str, name: object) -> Precision:
     """A runtime's precision by name. Raises TargetError listing those there are."""
     known = runtime_of(runtime).precisions
     if not isinstance(name, str) or name not in known:
-        raise TargetError(f"precision of {runtime}", expected="one of " + ", ".join(known), found=repr(name)[:200])
+        raise TargetError(f"precision of {runtime}", expected="one of " + ", ".join(known), found=shown(name, 200))
     return known[name]

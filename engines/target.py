@@ -1,7 +1,6 @@
 """Targets: what an engine is built for, one TOML file each under engines/targets."""
 
 import dataclasses
-import math
 import os
 import re
 import tomllib
@@ -13,7 +12,7 @@ from typing import Any
 
 from engines.runtimes import precision_of, runtime_of
 from export.precision import Precision
-from ngpt.errors import TargetError
+from ngpt.errors import TargetError, shown
 
 FOLDER = Path(__file__).parent / "targets"
 DEFAULT = "cpu-int8"
@@ -48,7 +47,7 @@ class Gpu:
         for key in ("memory_gb", "bandwidth_gb_per_s"):
             value = getattr(self, key)
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            _require(f"gpu.{key}", number and math.isfinite(value) and 0 < value < 1e9, "a number above 0", value)
+            _require(f"gpu.{key}", number and 0 < value < 1e9, "a number above 0", value)
         _require(
             "gpu.cards", _texts(self.cards) and all(plain_name(card) for card in self.cards), 'texts such as "L40S"', self.cards
         )
@@ -213,7 +212,7 @@ def _whole(value: object, least: int) -> bool:
 
 def _require(key: str, holds: bool, expected: str, found: object) -> None:
     if not holds:
-        raise TargetError(key, expected=expected, found=repr(found)[:200])
+        raise TargetError(key, expected=expected, found=shown(found, 200))
 
 
 def with_kv_cache(target: Target, kv_cache: str) -> Target:

@@ -2,7 +2,7 @@
 """Kill builds at random moments, by SIGKILL and SIGTERM, and look at what is left. Prints a table.
 
     python scripts/killed_builds.py                      # 200 kills, about ten minutes on one core
-    python scripts/killed_builds.py --kills 18 --forks   # what CI runs
+    python scripts/killed_builds.py --kills 12 --forks   # what CI runs is about as much
 
 Each way of building is run once to its end, which gives its time and the bytes that are right. Then builds are killed at a
 moment drawn evenly from that time. After each kill, whatever is under the output's name must be whole, and so must every entry

@@ -27,6 +27,7 @@ SLOW_FILES = (
     "tests/engines/test_outside_runtime.py",
     "tests/export/plugins/test_numerics.py",  # compiles the kernels for the CPU first
     # A real server, processes that are stopped by signals, and deadlines: minutes, and other tests beside them disturb them.
+    "tests/test_hostile_files.py",
     "tests/test_killed_builds.py",
     "tests/test_signals.py",
     "tests/test_soak.py",

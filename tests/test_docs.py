@@ -78,7 +78,7 @@ def test_every_target_is_in_the_readme():
 
 
 def test_the_helps_teach(capsys):
-    for command in ("plan", "build", "verify", "package", "serve", "generate", "inspect", "convert", "bench"):
+    for command in ("plan", "build", "verify", "package", "serve", "generate", "inspect", "convert", "bench", "store", "doctor"):
         with pytest.raises(SystemExit) as ended:
             main([command, "--help"])
         assert ended.value.code == 0 and len(capsys.readouterr().out) > 150

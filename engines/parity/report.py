@@ -74,7 +74,8 @@ class ParityReport:
                 _same_length(invariant.mean, invariant.low, invariant.high, invariant.zeros)
                 _same_length(invariant.mean, invariant.layers or invariant.mean[:1])
             report = cls(data["verdict"], dict(data["summary"]), checks, sequences, dict(data["subject"]), invariants)
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            report.to_html().encode()  # numbers that cannot be drawn and text that cannot be written
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, ArithmeticError) as error:
             raise _no_report(f"{type(error).__name__}: {error}") from error
         if report.verdict != verdict_of(checks) or report.summary.get("verdict") != report.verdict:
             raise _no_report(f"the verdict {report.verdict!r:.20} over checks that say {verdict_of(checks)}")

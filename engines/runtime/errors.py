@@ -15,13 +15,19 @@ repository; that is why it has its own root.
 
 from __future__ import annotations
 
+MAX_TEXT = 4000  # characters of one part of an error
+
 
 class ServingError(Exception):
-    """Root of the errors of this package: what is wrong, what was expected, what was found, what to do."""
+    """Root of the errors of this package: what is wrong, what was expected, what was found, what to do.
+
+    Each part can be shown as it is, whatever name or text from outside stands in it: control characters and lone surrogates are
+    escaped, and of a long one the middle is left out.
+    """
 
     def __init__(self, what: str, *, expected: str = "", found: str = "", remedy: str = "") -> None:
-        self.what, self.expected, self.found, self.remedy = what, expected, found, remedy
-        super().__init__(what)
+        self.what, self.expected, self.found, self.remedy = map(_plain, (what, expected, found, remedy))
+        super().__init__(self.what)
 
     def __str__(self) -> str:
         details = [f"expected {self.expected}"] if self.expected else []
@@ -29,6 +35,14 @@ class ServingError(Exception):
             details.append(f"found {self.found}")
         text = f"{self.what}: {', '.join(details)}" if details else self.what
         return f"{text}. {self.remedy}" if self.remedy else text
+
+
+def _plain(text: str) -> str:
+    if len(text) > MAX_TEXT:
+        text = f"{text[: MAX_TEXT // 2]} ... {text[-MAX_TEXT // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 class RequestError(ServingError, ValueError):

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -289,9 +289,12 @@ def verify_files(folder: str | Path, manifest: Manifest, *, digests: bool = True
 
 def read_bounded(path: Path, limit: int) -> bytes:
     """The bytes of a file of at most `limit` bytes. Raises EngineFileError for a larger one, unread, and one that cannot be
-    read."""
-    with _reading(path), path.open("rb") as stream:
-        raw = stream.read(limit + 1)
+    read; pipes and devices are not waited for."""
+    with _reading(path):
+        if path.exists() and not path.is_file():
+            raise EngineFileError(f"{path}", expected="a file", found="something that is no file")
+        with path.open("rb") as stream:
+            raw = stream.read(limit + 1)
     if len(raw) > limit:
         raise EngineFileError(
             f"{path}", expected=f"at most {limit} bytes", found="more", remedy="This is not a file that the build wrote."
@@ -373,7 +376,8 @@ def _keys(key: str, value: object, kind: type) -> Mapping[str, Any]:
     """The table, after its keys are held against the fields of the dataclass `kind`."""
     table = _mapping(key, value)
     allowed = {f.name for f in fields(kind)}
-    needed = allowed - {"note", "flags", "parity", "generation", "precision"}
+    needed = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
+    needed |= allowed & {"schema_version"}
     if unknown := sorted(map(str, set(table) - allowed)):
         raise _wrong(f"{key}.{unknown[0]}", "no such key", table.get(unknown[0]))
     if missing := sorted(needed - set(table)):
