@@ -265,4 +265,3 @@ LOWERINGS = {
     "tensorrt-llm, fp32": lambda: TensorRTLLM("fp32"),
 }
 """Name -> what makes and runs an engine of it."""
-
