@@ -16,6 +16,10 @@ import jsonschema
 import pytest
 import yaml
 
+from engines.build import build_engine
+from engines.parity import verify
+from engines.parity.baseline import entry_of, figures_of, write_baseline
+from engines.runtime.manifest import read_manifest
 from tests.conftest import GOLDEN, ROOT
 from tests.parity.broken import break_engine
 
@@ -94,13 +98,13 @@ def run(name, folder, environment, between=lambda step: None):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """An engine that is right, and one with a fault in its graph that its manifest does not betray."""
-    from engines.build import build_engine
-
+    """An engine that is right, one with a fault in its graph that its manifest does not betray; the manifest and the figures of
+    the first."""
     folder = tmp_path_factory.mktemp("built")
     right = build_engine(GOLDEN / "gqa", "cpu-int8", folder / "right", verify=False)
     wrong = break_engine(right, folder / "wrong", "layers.1.attn.qk_scale", 1.5)
-    return right, wrong
+    report, manifest = verify(right, GOLDEN / "gqa"), read_manifest(right)
+    return right, wrong, manifest, entry_of(manifest, report, [figures_of(report, manifest)])
 
 
 @pytest.fixture
@@ -122,35 +126,39 @@ def artefacts(name):
     return kept["paths"], kept["reports"]["junit"]
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_right_engine_is_green_and_everything_is_there(name, project):
-    code, output = run(name, project, {})
+def swapped(name, engine):
+    """In the place of the build: an engine that is there already."""
+    swap = f"rm -rf engine && cp -r {engine} engine"
+
+    def between(step):
+        text = dict((step, text) for step, text, _ in steps(name)[0])[step]
+        return swap if step == "Build" else re.sub(r"^ngpt-deploy build .*$", swap, text, flags=re.M)
+
+    return between
+
+
+def test_a_checkpoint_goes_in_and_a_verified_engine_comes_out(project):
+    code, output = run("github.yml", project, {})
     assert code == 0, output
-    paths, junit = artefacts(name)
-    assert paths == ["engine/", "report/"] and all((project / path).is_dir() for path in paths)
     assert {"parity.json", "parity.html", "junit.xml"} <= {path.name for path in (project / "report").iterdir()}
-    root = ElementTree.parse(project / junit).getroot()
-    assert root.get("failures") == "0" and int(root.get("tests")) > 20
+    root = ElementTree.parse(project / artefacts("github.yml")[1]).getroot()
+    assert root.get("failures") == "0" and int(root.get("tests")) > 20 and root.find("testsuite[@name='baseline']") is None
     assert json.loads((project / "engine" / "manifest.json").read_text())["parity"]["verdict"] == "pass"
-    installed = (project / "pip.txt").read_text().splitlines()
-    assert "whl/cpu" in installed[0] and installed[1].startswith("-m pip install ngpt-deploy[torch,onnx] @ git+https://")
-    if name == "github.yml":
-        assert "parity   pass" in (project / "summary.md").read_text()
+    assert "parity   pass" in (project / "summary.md").read_text()
+
+
+def test_a_right_engine_is_green_and_held_against_the_baseline_that_is_named(project, built):
+    write_baseline(project / "its baseline.json", *built[2:])
+    code, output = run("gitlab-ci.yml", project, {"BASELINE": "its baseline.json"}, swapped("gitlab-ci.yml", built[0]))
+    assert code == 0 and "since its baseline.json was recorded" in output, output
+    root = ElementTree.parse(project / artefacts("gitlab-ci.yml")[1]).getroot()
+    assert root.get("failures") == "0" and root.find("testsuite[@name='baseline']") is not None
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_wrong_engine_is_red_and_its_report_is_kept(name, project, built):
-    """A build that goes wrong: the engine that it leaves is replaced by a faulty one before `verify` sees it."""
-    shutil.copytree(built[1], project / "wrong")
-
-    def between(step):
-        text = dict((step, text) for step, text, _ in steps(name)[0])[step]
-        swap = "rm -rf engine && cp -r wrong engine"
-        if step == "Build":
-            return swap
-        return re.sub(r"^ngpt-deploy build .*$", swap, text, flags=re.M) if step == "script" else text
-
-    code, output = run(name, project, {}, between)
+    """The build's engine is replaced by a faulty one before `verify` sees it."""
+    code, output = run(name, project, {}, swapped(name, built[1]))
     assert code == 3, output
     root = ElementTree.parse(project / artefacts(name)[1]).getroot()
     assert int(root.get("failures")) > 5
@@ -160,13 +168,9 @@ def test_a_wrong_engine_is_red_and_its_report_is_kept(name, project, built):
         assert "does not agree with PyTorch" in (project / "summary.md").read_text()
 
 
-def test_a_baseline_and_a_text_are_taken_where_they_are_named(project, built):
-    """Options that are empty are no arguments; options that are set are, blanks in their names included."""
-    shutil.copytree(built[0], project / "right")
-    code, output = run(
-        "github.yml",
-        project,
-        {"BASELINE": "no such file.json"},
-        lambda step: "rm -rf engine && cp -r right engine" if step == "Build" else None,
-    )
-    assert code == 2 and "no such file.json" in output, output
+@pytest.mark.parametrize("name", RECIPES)
+def test_everything_that_is_made_is_kept_whatever_happens(name):
+    assert artefacts(name) == (["engine/", "report/"], "report/junit.xml")
+    text = "\n".join(text for _, text, _ in steps(name)[0])
+    assert "--output engine " in text and "--report report " in text and "--junit report/junit.xml" in text
+    assert "install torch --index-url https://download.pytorch.org/whl/cpu" in text and 'pip install "$NGPT_DEPLOY"' in text

@@ -17,6 +17,7 @@ import jsonschema
 import numpy as np
 import pytest
 
+from engines.build import build_engine
 from engines.parity import ParityReport, verify
 from engines.parity.gate import Check
 from engines.parity.invariants import Invariant, invariants_of
@@ -392,16 +393,17 @@ def test_every_sub_step_is_explained():
 # The script
 
 
-def test_the_script_of_a_failed_report_runs_and_shows_the_fault(tmp_path, tiny_engine_folder):
-    engine = break_engine(tiny_engine_folder, tmp_path / "engine", "layers.2.attn.qk_scale", 1.5)
-    report = verify(engine, ROOT / "examples" / "ngpt-tiny", decode_steps=4)
+def test_the_script_of_a_failed_report_runs_and_shows_the_fault(tmp_path):
+    right = build_engine(GOLDEN / "gqa", "cpu-fp32", tmp_path / "right", verify=False)
+    engine = break_engine(right, tmp_path / "engine", "layers.2.attn.qk_scale", 1.5)
+    report = verify(engine, GOLDEN / "gqa", decode_steps=4)
     assert report.verdict == "fail" and report.summary["first_divergence"] == "layers.2.attn.q_scaled"
     report.write(tmp_path)
     page = (tmp_path / "parity.html").read_text(encoding="utf-8")
     script = html.unescape(re.search(r"<pre[^>]*>(.*?)</pre>", page, re.S)[1])
     assert len(script.splitlines()) <= 15
     (tmp_path / "reproduce.py").write_text(script, encoding="utf-8")
-    words = [sys.executable, tmp_path / "reproduce.py", tmp_path / "parity.json", engine, ROOT / "examples" / "ngpt-tiny"]
+    words = [sys.executable, tmp_path / "reproduce.py", tmp_path / "parity.json", engine, GOLDEN / "gqa"]
     run = subprocess.run(
         list(map(str, words)), cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
     )
