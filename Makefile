@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE := 1
 
-.PHONY: env demo test test-fast check docs hooks matrix matrix-newest format bench gpu-check freeze clean
+.PHONY: env demo test test-fast check docs hooks matrix matrix-newest format bench gpu-check baseline freeze clean
 
 env: $(STAMP)
 
@@ -61,6 +61,14 @@ bench: env
 # With the machine's own Python: a CUDA build of PyTorch is there already, and the environment above has the CPU one.
 gpu-check:
 	$(PYTHON) scripts/gpu_check.py
+
+# Records what the example's engines are like (examples/ci): after a change that is meant to move them.
+baseline: env
+	for target in cpu-fp32 cpu-int8 cpu-int4 onnx-portable; do \
+	  rm -rf build/baseline && \
+	  $(BIN)/ngpt-deploy build --checkpoint examples/ngpt-tiny --target $$target --output build/baseline --no-verify && \
+	  $(BIN)/ngpt-deploy verify build/baseline --checkpoint examples/ngpt-tiny --baseline examples/ci/ngpt-tiny.baseline.json --update-baseline || exit 1; \
+	done
 
 freeze: env
 	@echo "# Versions seen to resolve and to pass the whole suite together (Python 3.11, 2 CPU cores). Regenerate with: make freeze" > constraints.txt

@@ -78,7 +78,9 @@ class Move:
         return f"{_number(self.before)} then, {_number(self.now)} now: {self.part()}, {self.times()}"
 
     def part(self) -> str:
-        """The change in percent, without a sign where none is seen."""
+        """The change in percent, without a sign where none is seen; a factor where it is large."""
+        if abs(self.change) > math.log(10):
+            return f"times {math.exp(self.change):.3g}"
         text = f"{math.expm1(self.change):+.1%}"
         return "0.0%" if float(text[:-1]) == 0 else text
 

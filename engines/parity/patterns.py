@@ -53,7 +53,11 @@ def grouped(checks: Sequence[Check]) -> dict[str, list[Check]]:
 
 @dataclass(frozen=True)
 class Stray:
-    """A sequence with positions whose KL is beyond the limit of the worst position; every second prompt is read in two pieces."""
+    """A sequence with positions whose KL is beyond the limit of the worst position.
+
+    A prompt is read twice (`engines.parity.driving`): for the logits of all its tokens, and then, as in service, for those of its
+    last one, from which it goes on. Each second prompt is in two pieces the first time, the others are the second time.
+    """
 
     index: int
     name: str
@@ -62,9 +66,14 @@ class Stray:
     prompt_length: int
 
     @property
+    def of_first_reading(self) -> bool:
+        """Whether the first position beyond the limit comes of the first reading of the prompt."""
+        return self.positions[0] < self.prompt_length - 1
+
+    @property
     def halves(self) -> bool:
-        """Whether its prompt was read in two pieces."""
-        return self.index % 2 == 1 and self.prompt_length > 1
+        """Whether the reading that the first position comes of was in two pieces."""
+        return self.prompt_length > 1 and (self.index % 2 == 1) == self.of_first_reading
 
 
 def strays(report: ParityReport) -> list[Stray]:
@@ -173,20 +182,21 @@ def _of_sequences(report: ParityReport) -> Iterator[str]:
     if len(found) == 1:
         (stray,) = found
         yield f"One sequence alone is beyond the limit: {stray.name}, {_places(stray)}. {_reading(stray)}"
-    elif all(stray.halves for stray in found) and not all(_odd(index) for index in range(len(report.sequences))):
-        yield "Only sequences whose prompt was read in two pieces are beyond the limit: look at the boundary between the pieces."
+    elif len(found) < len(report.sequences) and all(stray.halves for stray in found):
+        yield "Only prompts that were read in two pieces are followed by a wrong position: look at the boundary between pieces."
     elif all(len(stray.positions) <= 2 for stray in found):
         places = "; ".join(f"{stray.name}, {_places(stray)}" for stray in found[:_FEW])
         yield f"Single positions are beyond the limit, and their neighbours are not: {places}."
 
 
-def _odd(index: int) -> bool:
-    return index % 2 == 1
-
-
 def _reading(stray: Stray) -> str:
     if stray.halves and stray.positions[0] == stray.prompt_length // 2:
         return "That is where the second piece of its prompt begins: look at the boundary between pieces."
+    if stray.positions[0] == stray.prompt_length - 1:
+        return (
+            "That is the last token of its prompt, whose logits are asked for alone, in a row that another sequence had before: "
+            "look at both."
+        )
     if stray.positions[0] == stray.prompt_length:
         return "That is its first step of decode: look at the row of the cache that it got, and at its first position."
     return "Look at the row of the cache that it got, and at who had it before."

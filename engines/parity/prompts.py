@@ -150,7 +150,8 @@ def text_windows(checkpoint: Checkpoint, text: str, *, max_length: int, decode_s
         raise ConfigError("the text", expected="two tokens or more", found=f"{len(ids)}")
     window = min(TEXT_WINDOW, max_length)
     most = max(window, min(MOST_TEXT_TOKENS, _MOST_LOGITS // checkpoint.spec.vocab_size))
-    pieces = [ids[start : start + window] for start in range(0, min(len(ids), most), window)]
+    ids = ids[:most]
+    pieces = [ids[start : start + window] for start in range(0, len(ids), window)]
     steps = min(decode_steps or TEXT_STEPS, TEXT_STEPS)
     return [
         TokenSequence(f"window {number}", tuple(piece), max(1, len(piece) - steps), is_text=True, from_file=True)

@@ -41,8 +41,8 @@ def replay(
     Args:
         engine: a folder, a loaded engine or a bare runner.
         checkpoint: what the engine was built from.
-        sequences: as they stand in a report (``tokens``, ``prompt_length``). Every second prompt is read in two pieces, so that a
-            fault of those, or of rows of the cache, needs the sequences before it as well.
+        sequences: as they stand in a report (``tokens``, ``prompt_length``). How a prompt is read, and which rows of the
+            cache it gets, depends on its place: a fault of those needs the sequences before it as well.
         seed: that of the verdict.
         progress: called with what is being done and the part that is done.
 
