@@ -121,7 +121,7 @@ def verify(
         invariants = invariants_of(checkpoint, part_of(progress, 0.9, 0.95))
         progress("comparing", 0.96)
         report = report_of(
-            _compared(plan, sequences, logits, outputs, angles),
+            compared(plan, sequences, logits, outputs, angles),
             name=name or source.name,
             subject=source.subject,
         )
@@ -199,13 +199,14 @@ class Angles:
             )
 
 
-def _compared(
+def compared(
     plan: Plan,
     sequences: list[TokenSequence],
     engine: Sequence[NDArray[np.floating]],
     outputs: Mapping[str, Sequence[NDArray[np.floating]]],
     angles: Angles,
 ) -> Comparison:
+    """Everything measured, of an engine's logits and those of every variant of the plan."""
     angles.check()
 
     def measure(
