@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.parity.compare import distance
-from engines.parity.gate import MEAN_MULTIPLE, ROUNDOFF, WORST_MULTIPLE, Check, verdict_of
+from engines.parity.gate import MARGIN_MULTIPLE, MEAN_MULTIPLE, ROUNDOFF, WORST_MULTIPLE, Check, verdict_of
 from engines.parity.prompts import TokenSequence, make_sequences
 from engines.parity.quantized import quantization_of
 from engines.parity.reference import run_reference
@@ -234,7 +234,7 @@ def _extra_checks(plan: Plan, runs: list[_Run], outputs: Mapping[str, Sequence[N
     """By what needs no logits of the server: its choices, its probabilities, its seeds."""
     reference, noise = outputs[plan.reference], outputs[NOISE]
     error = [distance(a, b, run.tokens) for a, b, run in zip(reference, noise, runs, strict=True)]
-    margin = 2 * WORST_MULTIPLE * max(float(each.max_abs.max()) for each in error)
+    margin = MARGIN_MULTIPLE * max(float(each.max_abs.max()) for each in error)
     size = float(np.sqrt(np.mean([np.mean(np.square(logits, dtype=np.float64)) for logits in reference])))
     chosen = [(run.chosen, a, b) for run, a, b in zip(runs, reference, noise, strict=True)]
     found = [choice_check(chosen, margin)]
