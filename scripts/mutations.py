@@ -88,7 +88,8 @@ def _run(only: list[str] | None, lowerings: list[str] | None) -> dict[str, Any]:
     wrong = [f"{cell.lowering}: {mutation.name}: {found.said}" for mutation, cell, found in cells if not found.right]
     print(f"{len(cells)} engines in {time.monotonic() - started:.0f} s, {len(wrong)} judged wrongly")
     print(*wrong, sep="\n", end="\n" if wrong else "")
-    return results_of(cells)
+    results: dict[str, Any] = results_of(cells)
+    return results
 
 
 if __name__ == "__main__":

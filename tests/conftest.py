@@ -45,6 +45,7 @@ SLOW_FILES = (
     "tests/triton_repo/test_server.py",
     "tests/triton_repo/test_serving.py",
     "tests/triton_repo/test_tensorrt_llm.py",
+    "tests/triton_repo/test_verify_served.py",
 )
 SLOW = {
     "tests/engines/test_engine.py": ("test_a_research_model_of_short_context_is_built_and_passes",),

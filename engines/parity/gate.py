@@ -22,7 +22,7 @@ MEAN_MULTIPLE = 4.0
 WORST_MULTIPLE = 8.0
 LOSS_MULTIPLE = 2.0
 MARGIN_MULTIPLE = 4.0
-_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def checks(measured: Measured, audit: WeightAudit | None = None, loss: Loss | No
         finite = all(d.finite for d in distances)
         found.append(Check(f"{what} is finite", 0.0 if finite else 1.0, 0.0, 0.0, "", len(distances)))
     # No result can be closer than the rounding of the engine's own output: the floor below any noise.
-    roundoff = _ROUNDOFF[measured.precision]
+    roundoff = ROUNDOFF[measured.precision]
     for phase in ("prefill", "decode"):
         part = phase_of(phase)
         found += _pair(f"{phase}: logit error", measured, part, lambda d: d.rms, roundoff * measured.logit_size, "logit")

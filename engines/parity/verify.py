@@ -26,7 +26,7 @@ from engines.parity.report import ParityReport
 from engines.parity.scratch import Scratch
 from engines.parity.summary import Comparison, report_of
 from engines.parity.taps import tap_distance
-from engines.parity.weights import PerturbedWeights, QuantizedWeights
+from engines.parity.weights import PerturbedWeights, QuantizedWeights, folded_factors
 from engines.runtimes import precision_of
 from export.precision import Precision
 from ngpt.checkpoint import Checkpoint, expected_tensors, open_checkpoint
@@ -121,7 +121,7 @@ def verify(
         invariants = invariants_of(checkpoint, part_of(progress, 0.9, 0.95))
         progress("comparing", 0.96)
         report = report_of(
-            _compared(plan, sequences, logits, outputs, angles),
+            compared(plan, sequences, logits, outputs, angles),
             name=name or source.name,
             subject=source.subject,
         )
@@ -153,7 +153,7 @@ def plan_of(checkpoint: Checkpoint, precision: str, quantization: Quantization |
     if quantization is None:
         noise = Variant(NOISE, precision, attention, tapped=True)
         return Plan(wide, precision, None, (Variant(ORIGINAL, wide, tapped=True), noise), None)
-    change = QuantizedWeights(quantization)
+    change = QuantizedWeights(quantization, folded_factors(checkpoint, precision))
     block = quantization.activation_block
     round_input = None if block is None else lambda x: round_to_int8(x, block or x.shape[-1])
     return Plan(
@@ -199,13 +199,14 @@ class Angles:
             )
 
 
-def _compared(
+def compared(
     plan: Plan,
     sequences: list[TokenSequence],
     engine: Sequence[NDArray[np.floating]],
     outputs: Mapping[str, Sequence[NDArray[np.floating]]],
     angles: Angles,
 ) -> Comparison:
+    """Everything measured, of an engine's logits and those of every variant of the plan."""
     angles.check()
 
     def measure(

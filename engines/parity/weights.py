@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol
 
@@ -12,11 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.parity.quantized import Quantization, WeightAudit, audit_weight
+from export.weights import branch_scale
+from ngpt.checkpoint import Checkpoint
+from ngpt.tensor_names import LM_HEAD, RowsScaled, canonical_tensors
 
 if TYPE_CHECKING:
     import torch
 
 _AT_ONCE = 1 << 20  # weights of a block: its float64 temporaries stay in the caches
+
+
+Factors = Callable[[str], NDArray[np.float32] | None]
+"""PyTorch name of a module -> what an engine multiplies its rows by [out], or None."""
 
 
 class Change(Protocol):
@@ -44,19 +52,37 @@ class _Rounded:
 
 
 class QuantizedWeights(_Rounded):
-    """The weights after the exporter's round trip, each block of them audited against what it was."""
+    """The weights after the exporter's round trip, each block of them audited against what it was.
 
-    def __init__(self, quantization: Quantization) -> None:
+    An engine rounds rows into which scales are folded (suv, sz). Where its own scales are rounded to float16 that is not what
+    rounding the row alone gives: `factors` says what its rows are multiplied by.
+    """
+
+    def __init__(self, quantization: Quantization, factors: Factors = lambda module: None) -> None:
         super().__init__(quantization)
         self.audit = WeightAudit()
-        self._lock = threading.Lock()
+        self._factors: dict[str, NDArray[np.float32] | None] = {}
+        self._read, self._lock = factors, threading.Lock()
 
     def rows(self, module: str, first_row: int, before: NDArray[np.float32]) -> NDArray[np.float32]:
-        after = self.quantization.round_trip(module, before)
+        factor = self._factor(module)
+        if factor is None:
+            after = self.quantization.round_trip(module, before)
+        else:
+            by = factor[first_row : first_row + len(before), None]
+            rounded = self.quantization.round_trip(module, before * by)
+            # A row times zero is zero in the engine, and multiplied by zero in the reference, whatever it is.
+            after = np.divide(rounded, by, out=before.copy(), where=by != 0)
         found = audit_weight(module, before, after, self.quantization)
         with self._lock:
             self.audit.add(module, found)
         return after
+
+    def _factor(self, module: str) -> NDArray[np.float32] | None:
+        with self._lock:
+            if module not in self._factors:
+                self._factors[module] = self._read(module)
+            return self._factors[module]
 
 
 class PerturbedWeights(_Rounded):
@@ -75,6 +101,26 @@ class PerturbedWeights(_Rounded):
         blocks, step = self.quantization.blocks_and_step(module, before)
         moved = blocks + step * (random.random(blocks.shape, dtype=np.float32) - np.float32(0.5))
         return moved.reshape(len(before), -1)[:, : before.shape[1]].astype(np.float32)
+
+
+def folded_factors(checkpoint: Checkpoint, arithmetic: str) -> Factors:
+    """What an engine of this arithmetic folds into the rows of a module's matrix, from the table of tensors."""
+    spec = checkpoint.spec
+    branch = branch_scale(spec, arithmetic)
+    folds = {tensor.stored: (name, tensor) for name, tensor in canonical_tensors(spec).items()}
+    if spec.tied:  # the head's rows are the table's, and the table itself is not folded
+        folds[LM_HEAD] = ("head.weight", canonical_tensors(spec)["head.weight"])
+
+    def factors(module: str) -> NDArray[np.float32] | None:
+        name, tensor = folds[f"{module}.weight"]
+        scale = branch if ".mlp.up." in name else 1.0
+        if not isinstance(tensor.fold, RowsScaled):
+            return None if scale == 1.0 else np.full(tensor.shape[0], scale, np.float32)
+        rows, fold = tensor.shape[0], tensor.fold
+        vector = checkpoint.get(fold.by).double().reshape(-1).numpy()[fold.part * rows : (fold.part + 1) * rows]
+        return (vector * fold.factor(spec) * scale).astype(np.float32)
+
+    return factors
 
 
 def changed(name: str, tensor: torch.Tensor, change: Change | None, *, first_row: int = 0) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ngpt.errors import BuildError, ParityFailedError, os_trouble
 from scripts.commands.options import Bar, Command, positive
 from scripts.commands.reporting import Reporting, add_reporting
+from scripts.commands.verifying_served import add_served, check_folder, held_server
 from scripts.terminal import plain
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 def add_verify(command: Command) -> None:
     """`ngpt-deploy verify`."""
     verify = command("verify", _verify, "Compare an engine with PyTorch on its checkpoint and record the verdict in its folder.")
-    verify.add_argument("engine", type=Path, help="engine folder; its files are held against its manifest first")
+    verify.add_argument("engine", type=Path, nargs="?", help="engine folder; its files are held against its manifest first")
     verify.add_argument("--checkpoint", help="the checkpoint that the engine was built from, to the bit")
     verify.add_argument(
         "--decode-steps",
@@ -55,9 +56,20 @@ def add_verify(command: Command) -> None:
     )
     verify.add_argument("--json", action="store_true", help="print JSON alone: the verdict and its numbers")
     add_reporting(verify)
+    add_served(verify)
 
 
 def _verify(args: argparse.Namespace) -> int:
+    if args.url is not None:
+        report, place = held_server(args)
+        _tell(args, report, place, {})
+        conclude(args.url, report.verdict, place / "parity.html", quiet=args.json)
+        return 0
+    check_folder(args)
+    return _verify_folder(args)
+
+
+def _verify_folder(args: argparse.Namespace) -> int:
     from engines.record import record_verdict
 
     engine = args.engine.absolute()  # a name of its own, too, where "." was given
@@ -77,17 +89,23 @@ def _verify(args: argparse.Namespace) -> int:
         report.write(place)
     moves = reporting.moves(report)
     reporting.write(report, moves)
-    if args.json:
-        files = {"report": str(place / "parity.json"), "html": str(place / "parity.html")}
-        print(json.dumps({**report.headlines(), **files, **reporting.as_json(moves)}, indent=2))
-    else:
-        for name, value in report.headlines().items():
-            if name != "verdict":
-                print(f"{name:<28} {_shown(value)}")
+    _tell(args, report, place, reporting.as_json(moves))
+    if not args.json:
         reporting.show(moves)
     conclude(args.engine, report.verdict, place / "parity.html", quiet=args.json)
     reporting.judge(moves)
     return 0
+
+
+def _tell(args: argparse.Namespace, report: ParityReport, place: Path, more: dict[str, Any]) -> None:
+    """The numbers that head the report, as JSON or in lines."""
+    if args.json:
+        files = {"report": str(place / "parity.json"), "html": str(place / "parity.html")}
+        print(json.dumps({**report.headlines(), **files, **more}, indent=2))
+        return
+    for name, value in report.headlines().items():
+        if name != "verdict":
+            print(f"{name:<28} {_shown(value)}")
 
 
 def _check_options(args: argparse.Namespace, engine: Path) -> None:
@@ -183,7 +201,7 @@ def _shown(value: Any) -> str:
     return plain(number(value), 200)
 
 
-def conclude(engine: Path, verdict: str, page: Path, *, quiet: bool = False) -> None:
+def conclude(engine: Path | str, verdict: str, page: Path, *, quiet: bool = False) -> None:
     """Print the verdict; raise ParityFailedError for any but a pass."""
     if not quiet:
         print(f"parity   {verdict}  (report: {page})")

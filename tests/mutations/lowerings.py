@@ -40,7 +40,8 @@ class Onnx:
 
     def __init__(self, target):
         self.target = load_target(target)
-        self.kinds = ("onnx", self.target.form, self.target.precision.name)
+        form, precision = self.target.form, self.target.precision.name
+        self.kinds = ("onnx", form, precision, f"{form} {precision}")
         self.precision = self.target.precision
 
     @contextlib.contextmanager
@@ -140,9 +141,7 @@ class TensorRT:
                     seen = Network.run(net, ids, first=len(ids))
                     return {name: _by_token(seen[f"{name}.tap"]) for name in names}
 
-                # As for a plan, of quantised networks the logits alone: the scales of rows with suv in them are rounded to
-                # float16, and PyTorch's of the same rows without it otherwise, which the values inside show.
-                yield runner, None if self.precision.quantised else taps
+                yield runner, taps
                 runner.release()
 
 

@@ -19,6 +19,7 @@ from tests.mutations.table import FAITHFUL, MUTATIONS
 from tests.mutations.weights import LAYER
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+CHECKPOINTS = ("gqa", "llama3-rope-bias", "dead-mlp", "research-checkpoint", "research-train-py")
 STEPS = 16
 _TAP = "angle at "
 FAINT = 3e-4
@@ -154,7 +155,7 @@ def judged(mutation, cell):
         within = cell.effect <= MEAN_MULTIPLE
         return Judged(within, False, f"passed, moved by {cell.effect:.2g} x noise")
     found = []
-    if cell.taps and cell.named != (first := expected(mutation.first, cell.taps)):
+    if cell.taps and cell.named != (first := expected(mutation.named(LOWERINGS[cell.lowering]().kinds), cell.taps)):
         found.append(f"first tap {cell.named}, not {first}")
     if stray := {"prefill", "decode"} & set(cell.kinds) - set(mutation.phases):
         found.append(f"{', '.join(sorted(stray))} blamed")
@@ -164,12 +165,13 @@ def judged(mutation, cell):
 
 
 def plan(only=None, lowerings=None):
-    """The cells: on each lowering its right engines on every checkpoint that is used there, then those with faults."""
+    """The cells: on each lowering its right engines, on every checkpoint unless some faults alone are wanted, then those with
+    faults."""
     found = []
     for name in lowerings or LOWERINGS:
         kinds = LOWERINGS[name]().kinds
         chosen = [each for each in MUTATIONS if (not only or each.name in only) and each.applies(kinds)]
-        used = dict.fromkeys(each.checkpoint for each in chosen)
+        used = dict.fromkeys((*(CHECKPOINTS if not only else ()), *(each.checkpoint for each in chosen)))
         found += [(dataclasses.replace(FAITHFUL, checkpoint=checkpoint), name) for checkpoint in used]
         found += [(each, name) for each in chosen]
     return found

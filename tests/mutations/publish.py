@@ -90,13 +90,15 @@ def _times(effect):
 def _counts(results):
     engines = [each for each in results["engines"] if each["mutation"] != FAITHFUL.name]
     caught = [each for each in engines if each["verdict"] == "fail"]
-    named = [each for each in caught if each["taps"] and each["right"]]
+    shown = {each.name for each in MUTATIONS if each.first is not None}
+    named = [each for each in caught if each["taps"] and each["right"] and each["mutation"] in shown]
     right = len(results["engines"]) - len(engines)
     return (
-        f"{len(MUTATIONS)} faults, {len(engines)} engines with one: {len(caught)} failed, and in the {len(named)} of them whose "
-        f"values inside can be seen the first tap that was named is the right one. {len(engines) - len(caught)} passed, which moved "
-        f"their logits by {max(each['effect'] for each in engines if each['verdict'] == 'pass'):.2g} times the noise at most: "
-        f"the gate lets {MEAN_MULTIPLE:g} times through. {right} right engines passed."
+        f"{len(MUTATIONS)} faults, {len(engines)} engines with one: {len(caught)} failed. {len(named)} of these have their fault in "
+        f"values that can be seen, and the first that was named is the right one; for the others none was named. "
+        f"{len(engines) - len(caught)} passed, whose logits moved by "
+        f"{max(each['effect'] for each in engines if each['verdict'] == 'pass'):.2g} times the noise at most: the gate lets "
+        f"{MEAN_MULTIPLE:g} times through. {right} right engines passed."
     )
 
 

@@ -16,7 +16,8 @@ class Mutation:
     fault: what is wrong, in a few words. first: the first tap that must be named; None where no tap of a whole prompt can show it
     (the fault lies behind the last layer, or in the cache). checkpoint: one of `proof.CHECKPOINTS` on which it has an effect.
     phases: which of prefill and decode may fail. network: a mixin, or by kind of lowering. only: kinds of lowerings that have
-    such a thing; `without`: why the others have not.
+    such a thing; `without`: why the others have not. later: (a kind, the first tap there), where the fault is within the noise of that
+    kind at first.
     """
 
     name: str
@@ -32,6 +33,11 @@ class Mutation:
     only: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
     without: str = ""
+    later: tuple[str, str] | None = None
+
+    def named(self, kinds):
+        """The first tap that must be named in a lowering of these kinds."""
+        return self.later[1] if self.later is not None and self.later[0] in kinds else self.first
 
     def of(self, what, kinds):
         """The part of a mutation that is meant for a lowering of these kinds: the last of them that is named."""
@@ -67,6 +73,7 @@ def _another_theta(spec):
 
 ONE, NEXT = weights.LAYER, weights.LAYER + 1
 _QUANTISED = ("int8", "int4")
+# A shift of all codes by one of 256 times inputs whose mean is near zero is nothing; what leaves relu2 has another mean.
 _KERNEL = "the kernel masks"
 _HALF, _RANGE = ("half",), "float16 cannot hold a branch as short as its eps"
 MUTATIONS = (
@@ -153,7 +160,7 @@ MUTATIONS = (
     Mutation("logits-float16", "logits rounded to float16", None, network=network.LogitsInHalf),
     # Quantisation
     Mutation("zero-point", "zero point off by one", _at("attn.q_scaled"), file=files.zero_point_off, network={"tensorrt": network.ZeroPointOffTensorRT},
-        only=_QUANTISED, without="not quantised"),
+        later=("ort int8", _at("mlp.down")), only=_QUANTISED, without="not quantised"),
     Mutation("block-doubled", f"one scale of one matrix of layer {ONE} doubled", _at("mlp.down", ONE), file=files.block_doubled,
         network={"tensorrt": network.BlockDoubledTensorRT}, only=_QUANTISED, without="not quantised"),
     # The cache
