@@ -89,6 +89,7 @@ docs/measurements/README
 docs/measurements/METHOD
 docs/measurements/triton-clients
 docs/measurements/soak
+docs/measurements/mutations
 docs/measurements/hostile-files
 docs/measurements/killed-builds
 docs/SECURITY

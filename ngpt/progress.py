@@ -12,4 +12,4 @@ def silent(what: str, done: float) -> None:
 
 def part_of(progress: Progress, start: float, end: float) -> Progress:
     """The progress of one step of a larger work, which takes it from `start` to `end`."""
-    return lambda what, done: progress(what, start + (end - start) * done)
+    return lambda what, done: progress(what, start * (1 - done) + end * done)

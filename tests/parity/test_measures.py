@@ -6,7 +6,6 @@ import pytest
 
 from engines.parity.compare import distance
 from engines.parity.quantized import Quantization, WeightAudit, audit_weight, quantization_of, round_to_int8
-from engines.parity.svg import Chart, Line
 from engines.parity.taps import angle, tap_distance
 from export.precision import ONNX_RUNTIME, TENSORRT, Format
 
@@ -72,14 +71,6 @@ def test_int8_rounding_pads_and_keeps_zero_blocks():
     y = round_to_int8(x, 32)
     assert y.shape == x.shape and torch.equal(y[:, :32], x[:, :32])
     assert 0 < float((y - x).abs().max()) <= 0.5 / 127 + 1e-7
-
-
-def test_chart_survives_empty_zero_and_nan_values():
-    for values in ([], [0.0, 0.0], [float("nan"), 1e-7, float("inf")]):
-        chart = Chart("title", "x", "y", [Line("engine", values, "#000")])
-        numbers = [at for at, _ in [*chart.powers(), *chart.steps()]] + [x for pair in chart.points(chart.lines[0]) for x in pair]
-        assert np.isfinite(numbers).all() and len(list(chart.powers())) >= 2
-        assert len(chart.points(chart.lines[0])) == sum(0 < value < np.inf for value in values)
 
 
 def test_the_audit_knows_float8s_step():
