@@ -100,7 +100,9 @@ def checks(measured: Measured, audit: WeightAudit | None = None, loss: Loss | No
         found += _pair(f"{phase}: angle of logits", measured, part, lambda d: d.logit_angle, roundoff, "rad")
         found += _pair(f"{phase}: norm ratio of logits", measured, part, lambda d: np.abs(d.norm_ratio - 1), roundoff, "")
     found.append(_top1(measured))
-    for tap in tapped(measured.engine):
+    if not (taps := tapped(measured.engine)):
+        found.append(Check("values inside the engine", 0.0, 0.0, 0.0, "", 0))  # a plan shows its logits alone
+    for tap in taps:
         found += _pair(f"angle at {tap}", measured, None, partial(_at, tap), roundoff, "rad", tap)
     if audit is not None:
         count, worst = len(audit.matrices), f"quantised weights, worst ({audit.worst_name})"
