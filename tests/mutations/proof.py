@@ -42,16 +42,9 @@ class Cell:
 
     @property
     def kinds(self):
-        """What failed, in a word each: prefill, decode, taps, weights, numbers (not finite)."""
-        words = {
-            "prefill:": "prefill",
-            "decode:": "decode",
-            "angle at": "taps",
-            "stored weights": "weights",
-            "every output": "numbers",
-        }
-        found = [word for start, word in words.items() if any(name.startswith(start) for name in self.failed)]
-        return (*found, *(["stopped"] if self.verdict == "stopped" else []))
+        """What failed, in a word each: prefill, decode, taps, numbers (not finite)."""
+        words = {"prefill:": "prefill", "decode:": "decode", "angle at": "taps", "every output": "numbers"}
+        return tuple(word for start, word in words.items() if any(name.startswith(start) for name in self.failed))
 
 
 class Proof:

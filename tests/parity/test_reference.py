@@ -10,9 +10,11 @@ import torch
 from engines.parity.quantized import Quantization, quantization_of, round_to_int8
 from engines.parity.reference import Variant, run_reference
 from engines.parity.scratch import Scratch
-from engines.parity.weights import PerturbedWeights, QuantizedWeights, changed
-from export.precision import ONNX_RUNTIME
+from engines.parity.weights import PerturbedWeights, QuantizedWeights, changed, folded_factors
+from export.precision import ONNX_RUNTIME, TENSORRT
+from export.weights import DeployedWeights
 from ngpt.checkpoint import open_checkpoint
+from ngpt.weights import Weights
 from tests.conftest import TINY
 from tests.doubles.torch_reference import TorchReference, loadable_folder, put_quantized_weights, quantize_activations
 from tests.ngpt.making import GOLDEN
@@ -119,6 +121,29 @@ def test_blocks_of_rows_do_not_show(monkeypatch):
     assert torch.equal(first, again) and not torch.equal(first, other)
     plain = changed("model.layers.0.self_attn.sqk.weight", weight, change)
     assert plain is weight, "what is not quantised is not copied"
+
+
+@pytest.mark.parametrize("name", ["gqa", "research-checkpoint"])
+def test_rows_are_rounded_as_the_engine_rounds_them_with_the_scales_that_are_in_them(name):
+    """TensorRT's int4 has float16 scales: rounding a bare row gives other weights than rounding it times suv * sqrt(E)."""
+    precision = TENSORRT["int4"]
+    scheme = quantization_of(precision)
+    modules = {"up": "model.layers.0.mlp.up_proj", "down": "model.layers.0.mlp.down_proj", "gate": "model.layers.0.mlp.gate_proj"}
+    with open_checkpoint(place(name)) as checkpoint:
+        factors = folded_factors(checkpoint, precision.arithmetic)
+        change = QuantizedWeights(scheme, factors)
+        deployed = DeployedWeights(Weights(checkpoint), arithmetic=precision.arithmetic)
+        for canonical in ("layers.0.mlp.up.weight", "layers.0.mlp.gate.weight", "layers.0.mlp.down.weight", "head.weight"):
+            if not deployed.has(canonical):
+                continue
+            module = "lm_head" if canonical == "head.weight" else modules[canonical.split(".")[3]]
+            before = checkpoint.get(f"{module}.weight").float().numpy()[3:40]
+            by = factors(module)
+            by = np.ones(1) if by is None else by[3:40, None]
+            engine = precision.format_of(canonical).round_trip(deployed.get(canonical))[3:40]
+            np.testing.assert_allclose(change.rows(module, 3, before) * by, engine, rtol=2e-6, atol=1e-9)
+            if len(by) > 1:  # without them it is other weights
+                assert np.abs(QuantizedWeights(scheme).rows(module, 3, before) * by - engine).max() > 1e-4
 
 
 def test_a_perturbation_is_half_a_step_either_side():
