@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from engines.backends.onnx import OnnxBackend
-from engines.backends.protocol import Backend, Job, TapFunction, Written
+from engines.backends.protocol import Backend, Job, StoredRows, TapFunction, Written
 from engines.backends.tensorrt import TensorRTBackend
 from engines.backends.tensorrt_llm import TensorRTLLMBackend
 from engines.runtimes import RUNTIMES, runtime_of
 from ngpt.errors import TargetError
 
-__all__ = ["Backend", "Job", "TapFunction", "Written", "backend_of", "register"]
+__all__ = ["Backend", "Job", "StoredRows", "TapFunction", "Written", "backend_of", "register"]
 
 _BACKENDS: dict[str, Backend] = {}
 

@@ -12,7 +12,8 @@ from typing import Any
 from engines.backends.genai_config import genai_config
 from engines.backends.hub_config import hub_config
 from engines.backends.onnx_taps import tapped_graph
-from engines.backends.protocol import Job, TapFunction, Written
+from engines.backends.onnx_weights import stored_rows
+from engines.backends.protocol import Job, StoredRows, TapFunction, Written
 from engines.memory import total_bytes
 from engines.runtime.manifest import Manifest
 from engines.runtimes import RUNTIMES
@@ -68,6 +69,9 @@ class OnnxBackend:
 
     def taps(self, folder: Path, manifest: Manifest, precision: Precision, scratch: Path) -> TapFunction | None:
         return tapped_graph(folder, manifest, scratch)
+
+    def stored(self, folder: Path, manifest: Manifest) -> StoredRows | None:
+        return stored_rows(folder, manifest)
 
     def outline(self, job: Job, folder: Path) -> list[str]:
         return [f"write {folder / GRAPH}: {job.target.form} form, weights as {job.target.precision.projections}"]

@@ -26,6 +26,11 @@ TapFunction = Callable[[NDArray[np.int64]], dict[str, NDArray[np.float32]]]
 """Token ids [T] -> values inside the engine by tap name (`engines.parity.taps`), float32 [T, n]."""
 
 
+StoredRows = Callable[[str, int, int], NDArray[np.float32] | None]
+"""(PyTorch name of a module, first row, count) -> the rows that the engine multiplies by, [count, in]; None where its matrix is
+not quantised."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One build: the checkpoint, read and checked, what it is built for, among how many GPUs it is divided, and what of it an
@@ -91,6 +96,9 @@ class Backend(Protocol):
     def taps(self, folder: Path, manifest: Manifest, precision: Precision, scratch: Path) -> TapFunction | None:
         """Values inside the engine in `folder`, from its own graph, for the check layer by layer; None where a runtime shows
         none. `scratch` is a folder for files, on the same disk if possible."""
+
+    def stored(self, folder: Path, manifest: Manifest) -> StoredRows | None:
+        """The quantised matrices that lie in the engine's own files; None where a runtime keeps them to itself."""
 
     def outline(self, job: Job, folder: Path) -> list[str]:
         """What `write` would do, in lines, for a dry run."""

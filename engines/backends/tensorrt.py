@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engines.backends.protocol import Job, TapFunction, Written
+from engines.backends.protocol import Job, StoredRows, TapFunction, Written
 from engines.memory import check_fits, total_bytes
 from engines.runtime.manifest import Manifest
 from engines.runtimes import RUNTIMES
@@ -58,6 +58,9 @@ class TensorRTBackend:
 
     def taps(self, folder: Path, manifest: Manifest, precision: Precision, scratch: Path) -> TapFunction | None:
         return None  # a plan shows its logits alone
+
+    def stored(self, folder: Path, manifest: Manifest) -> StoredRows | None:
+        return None
 
     def outline(self, job: Job, folder: Path) -> list[str]:
         profile = fitted(job.spec, job.target).profile

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import export.trtllm
-from engines.backends.protocol import Job, TapFunction, Written
+from engines.backends.protocol import Job, StoredRows, TapFunction, Written
 from engines.memory import check_fits, total_bytes
 from engines.runtime.manifest import Manifest
 from engines.runtimes import RUNTIMES
@@ -83,6 +83,9 @@ class TensorRTLLMBackend:
 
     def taps(self, folder: Path, manifest: Manifest, precision: Precision, scratch: Path) -> TapFunction | None:
         return None  # the runtime shows logits alone
+
+    def stored(self, folder: Path, manifest: Manifest) -> StoredRows | None:
+        return None
 
     def outline(self, job: Job, folder: Path) -> list[str]:
         spec, target, parallel = job.spec, job.target, job.parallel

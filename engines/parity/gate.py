@@ -84,8 +84,11 @@ class Loss:
         return Check("quantisation loss: sqrt(KL), mean", cost, expected, LOSS_MULTIPLE * expected, "sqrt(nat)", positions)
 
 
-def checks(measured: Measured, audit: WeightAudit | None = None, loss: Loss | None = None) -> list[Check]:
-    """Every check of the gate. The verdict is "pass" iff some pass and none fails."""
+def checks(
+    measured: Measured, audit: WeightAudit | None = None, loss: Loss | None = None, served: WeightAudit | None = None
+) -> list[Check]:
+    """Every check of the gate. The verdict is "pass" iff some pass and none fails. `served`: the audit of the weights that lie in
+    the engine's own file."""
     found = []
     # A precision in which PyTorch itself overflows gives no yardstick: that must not look like the engine's fault.
     for what, distances in (("every output", measured.engine), ("the noise, PyTorch in this precision,", measured.noise)):
@@ -109,6 +112,12 @@ def checks(measured: Measured, audit: WeightAudit | None = None, loss: Loss | No
         found.append(Check(worst, audit.worst_step, 0.5, 1.01, "step", count))
         found.append(Check("quantised weights, rms", audit.worst_rms, 0.29, 0.5, "step", count))
         found.append(Check("some weights are quantised", 0.0 if count else 1.0, 0.0, 0.0, "", 1))
+    if served is not None and audit is not None:
+        count, worst = len(served.matrices), f"weights in the engine's file, worst ({served.worst_name})"
+        found.append(Check(worst, served.worst_step, audit.worst_step, 1.01, "step", count))
+        found.append(Check("weights in the engine's file, rms", served.worst_rms, audit.worst_rms, 0.5, "step", count))
+        missing = len(audit.matrices.keys() - served.matrices.keys())
+        found.append(Check("quantised matrices that the engine's file lacks", missing, 0.0, 0.0, "", len(audit.matrices)))
     if loss is not None:
         found.append(loss.check())
     return found

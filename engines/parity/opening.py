@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engines.backends import TapFunction, backend_of
+from engines.backends import StoredRows, TapFunction, backend_of
 from engines.parity.driving import Runner
 from engines.parity.scratch import Scratch
 from engines.parity.subject import Subject, check_checkpoint, subject_of
@@ -29,7 +29,7 @@ PARITY_SLOTS = 3  # enough for ragged batches, and for sequences that reuse a sl
 @dataclass(frozen=True)
 class Source:
     """An engine to be checked. `release` frees its runner where it was opened here, `taps` opens its graph a second time with
-    outputs for its values, where it has any to show. `subject`: the files it is made of, of a folder."""
+    outputs for its values, where it has any to show, `stored` its weights. `subject`: the files it is made of, of a folder."""
 
     runner: Runner
     precision: Precision
@@ -38,6 +38,7 @@ class Source:
     scratch: Scratch
     release: Callable[[], None] = lambda: None
     taps: Callable[[], TapFunction | None] = lambda: None
+    stored: Callable[[], StoredRows | None] = lambda: None
     subject: Subject | None = None
 
 
@@ -92,5 +93,6 @@ def _folder(folder: Path, checkpoint: Checkpoint, progress: Progress) -> Iterato
             Scratch(scratch),
             freed.close,
             lambda: backend.taps(folder, manifest, precision, scratch),
+            lambda: backend.stored(folder, manifest),
             subject_of(manifest),
         )

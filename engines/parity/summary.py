@@ -38,13 +38,14 @@ class Comparison:
     noise: str
     quantization: Quantization | None
     audit: WeightAudit | None
+    served: WeightAudit | None
     loss: Loss | None
     end_to_end: list[Distance]
 
 
 def report_of(found: Comparison, *, name: str, subject: Subject | None) -> ParityReport:
     """Checks, verdict, summary and curves."""
-    measured, decided = found.measured, checks(found.measured, found.audit, found.loss)
+    measured, decided = found.measured, checks(found.measured, found.audit, found.loss, found.served)
     verdict = verdict_of(decided)
     summary: dict[str, Any] = {"verdict": verdict, "engine": name, **_headlines(found, decided)}
     if found.quantization is not None and found.loss is not None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.backends import TapFunction
+from engines.backends import StoredRows, TapFunction
 from engines.parity.compare import Array, Distance, distance
 from engines.parity.driving import Runner, continue_greedily, run_engine
 from engines.parity.gate import Loss, Measured
@@ -108,7 +108,7 @@ def verify(
         source.release()
         seen = tapped(taps or source.taps(), sequences, source.scratch)
         quantization = quantization or quantization_of(precision)
-        plan = plan_of(checkpoint, precision.arithmetic, quantization, float64_limit_bytes, seed)
+        plan = plan_of(checkpoint, precision.arithmetic, quantization, float64_limit_bytes, seed, source.stored())
         angles = Angles(plan.reference, seen)
         outputs = run_reference(
             checkpoint,
@@ -137,6 +137,7 @@ class Plan:
     quantization: Quantization | None
     variants: tuple[Variant, ...]
     audit: WeightAudit | None
+    served: WeightAudit | None = None
 
     @property
     def reference(self) -> str:
@@ -144,7 +145,14 @@ class Plan:
         return ORIGINAL if self.quantization is None else QUANTIZED
 
 
-def plan_of(checkpoint: Checkpoint, precision: str, quantization: Quantization | None, limit: int, seed: int) -> Plan:
+def plan_of(
+    checkpoint: Checkpoint,
+    precision: str,
+    quantization: Quantization | None,
+    limit: int,
+    seed: int,
+    stored: StoredRows | None = None,
+) -> Plan:
     parameters = sum(int(np.prod(expected.shape)) for expected in expected_tensors(checkpoint.spec).values())
     wide = "float64" if 8 * parameters <= limit else "float32"
     rounds = quantization is not None and quantization.activation_block is not None
@@ -153,7 +161,9 @@ def plan_of(checkpoint: Checkpoint, precision: str, quantization: Quantization |
     if quantization is None:
         noise = Variant(NOISE, precision, attention, tapped=True)
         return Plan(wide, precision, None, (Variant(ORIGINAL, wide, tapped=True), noise), None)
-    change = QuantizedWeights(quantization, folded_factors(checkpoint, precision))
+    if stored is not None and checkpoint.spec.position == "research":
+        stored = None  # whose rows of q and k have changed places in an engine
+    change = QuantizedWeights(quantization, folded_factors(checkpoint, precision), stored)
     block = quantization.activation_block
     round_input = None if block is None else lambda x: round_to_int8(x, block or x.shape[-1])
     return Plan(
@@ -168,6 +178,7 @@ def plan_of(checkpoint: Checkpoint, precision: str, quantization: Quantization |
             Variant(PERTURBED, "float32", change=PerturbedWeights(quantization, seed)),
         ),
         change.audit,
+        None if stored is None else change.served,
     )
 
 
@@ -231,6 +242,7 @@ def compared(
         noise=_noise_name(plan),
         quantization=plan.quantization,
         audit=plan.audit,
+        served=plan.served,
         loss=Loss(lost, measure(ORIGINAL, outputs[PERTURBED])) if plan.quantization is not None else None,
         end_to_end=measure(ORIGINAL, engine) if plan.quantization is not None else [],
     )

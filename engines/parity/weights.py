@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.backends import StoredRows
 from engines.parity.quantized import Quantization, WeightAudit, audit_weight
 from export.weights import branch_scale
 from ngpt.checkpoint import Checkpoint
@@ -55,27 +56,37 @@ class QuantizedWeights(_Rounded):
     """The weights after the exporter's round trip, each block of them audited against what it was.
 
     An engine rounds rows into which scales are folded (suv, sz). Where its own scales are rounded to float16 that is not what
-    rounding the row alone gives: `factors` says what its rows are multiplied by.
+    rounding the row alone gives: `factors` says what its rows are multiplied by. `stored` gives the rows that lie in the engine's
+    own file: they are audited as well (`served`), so that one wrong block of thousands of millions of weights is found, which
+    no value inside the network would show.
     """
 
-    def __init__(self, quantization: Quantization, factors: Factors = lambda module: None) -> None:
+    def __init__(
+        self, quantization: Quantization, factors: Factors = lambda module: None, stored: StoredRows | None = None
+    ) -> None:
         super().__init__(quantization)
-        self.audit = WeightAudit()
+        self.audit, self.served = WeightAudit(), WeightAudit()
+        self._stored = stored
         self._factors: dict[str, NDArray[np.float32] | None] = {}
         self._read, self._lock = factors, threading.Lock()
 
     def rows(self, module: str, first_row: int, before: NDArray[np.float32]) -> NDArray[np.float32]:
-        factor = self._factor(module)
+        factor, folded = self._factor(module), before
         if factor is None:
             after = self.quantization.round_trip(module, before)
         else:
             by = factor[first_row : first_row + len(before), None]
-            rounded = self.quantization.round_trip(module, before * by)
+            folded = before * by
+            rounded = self.quantization.round_trip(module, folded)
             # A row times zero is zero in the engine, and multiplied by zero in the reference, whatever it is.
             after = np.divide(rounded, by, out=before.copy(), where=by != 0)
         found = audit_weight(module, before, after, self.quantization)
+        own = None if self._stored is None else self._stored(module, first_row, len(before))
+        served = None if own is None else audit_weight(module, folded, own, self.quantization)
         with self._lock:
             self.audit.add(module, found)
+            if served is not None:
+                self.served.add(module, served)
         return after
 
     def _factor(self, module: str) -> NDArray[np.float32] | None:

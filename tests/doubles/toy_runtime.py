@@ -128,6 +128,9 @@ class ToyBackend:
 
         return run
 
+    def stored(self, folder, manifest):
+        return None
+
     def outline(self, job, folder):
         return [f"write {folder / GRAPH}"]
 

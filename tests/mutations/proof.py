@@ -42,8 +42,8 @@ class Cell:
 
     @property
     def kinds(self):
-        """What failed, in a word each: prefill, decode, taps, numbers (not finite)."""
-        words = {"prefill:": "prefill", "decode:": "decode", "angle at": "taps", "every output": "numbers"}
+        """What failed, in a word each: prefill, decode, taps, numbers (not finite), weights (of the file)."""
+        words = {"prefill:": "prefill", "decode:": "decode", "angle at": "taps", "every output": "numbers", "weights in": "weights"}
         return tuple(word for start, word in words.items() if any(name.startswith(start) for name in self.failed))
 
 

@@ -11,7 +11,7 @@ from tests.mutations.table import FAITHFUL, MUTATIONS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BEGIN = "<!-- begin: scripts/mutations.py -->\n"
-LETTERS = {"prefill": "P", "decode": "D", "taps": "T", "numbers": "N"}
+LETTERS = {"prefill": "P", "decode": "D", "taps": "T", "weights": "W", "numbers": "N"}
 
 
 def results_of(cells):

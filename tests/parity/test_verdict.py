@@ -316,3 +316,45 @@ def test_a_check_without_a_sample_is_not_passed():
     assert (empty.outcome, empty.passed, empty.failed) == ("not applicable", False, False)
     assert verdict_of([empty]) == "fail" and verdict_of([empty, good]) == "pass"
     assert verdict_of([good, Check("c", float("nan"), 0.0, 0.0, "", 1)]) == "fail"
+
+
+def one_block(folder, change):
+    """Change the codes or scales of one block of one matrix in an engine's file."""
+    edit(folder, lambda weights, _graph: change(weights))
+
+
+def doubled_scale(weights):
+    name = "layers.1.mlp.up.scales"
+    scales = numpy_helper.to_array(weights[name]).copy()
+    scales[np.abs(scales).argmin()] *= 2
+    weights[name].CopyFrom(numpy_helper.from_array(scales, name))
+
+
+def one_code(weights):
+    name = "layers.2.attn.qkv.data"
+    codes = numpy_helper.to_array(weights[name]).copy()
+    codes.reshape(-1)[-1] ^= 0x44
+    weights[name].CopyFrom(numpy_helper.from_array(codes, name))
+
+
+@pytest.mark.parametrize("target", ["cpu-int8", "cpu-int4"])
+@pytest.mark.parametrize(
+    ("change", "module"),
+    [(doubled_scale, "model.layers.1.mlp.up_proj"), (one_code, "model.layers.2.self_attn.v_proj")],
+)
+def test_one_wrong_block_in_the_file_is_found_by_its_weights(tmp_path, target, change, module):
+    """However large the model: the weights of the file that is served are held against the checkpoint's."""
+    engine = build_engine(GQA, target, tmp_path / "engine", verify=False)
+    good = verify(engine, GQA, decode_steps=2)
+    own = [check for check in good.checks if "engine's file" in check.name]
+    assert good.verdict == "pass" and len(own) == 3 and all(check.sample == 19 for check in own)
+    one_block(engine, change)
+    failed = [check.name for check in verify(engine, GQA, decode_steps=2).failures]
+    assert f"weights in the engine's file, worst ({module})" in failed
+
+
+@pytest.mark.parametrize("name", ["llama3-rope-bias", "research-checkpoint", "dead-mlp"])
+def test_the_weights_of_a_right_file_are_those_of_the_checkpoint(name, tmp_path):
+    report = verify(build_engine(GOLDEN / name, "cpu-int4", tmp_path / "engine", verify=False), GOLDEN / name, decode_steps=2)
+    assert report.verdict == "pass", report.failures
+    assert any("engine's file" in check.name for check in report.checks) == (name != "research-checkpoint")
