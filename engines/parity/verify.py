@@ -49,6 +49,7 @@ def verify(
     runtime: str | None = None,
     quantization: Quantization | None = None,
     taps: TapFunction | None = None,
+    stored: StoredRows | None = None,
     float64_limit_bytes: int = FLOAT64_LIMIT_BYTES,
     name: str | None = None,
     progress: Progress = silent,
@@ -72,6 +73,7 @@ def verify(
         quantization: another idea of the engine's weights than ``precision`` gives.
         taps: gives values inside the engine for the check layer by layer: token ids [T] to name -> float32 [T, n]. A folder's
             engine is tapped in its own graph unless given.
+        stored: gives the quantised matrices of the engine's own file; a folder's are looked up unless given.
         float64_limit_bytes: the reference is float64 where the model fits in so many bytes, else float32; the report says which.
         name: heads the report; the manifest's unless given.
         progress: called with what is being done and the part that is done.
@@ -108,7 +110,7 @@ def verify(
         source.release()
         seen = tapped(taps or source.taps(), sequences, source.scratch)
         quantization = quantization or quantization_of(precision)
-        plan = plan_of(checkpoint, precision.arithmetic, quantization, float64_limit_bytes, seed, source.stored())
+        plan = plan_of(checkpoint, precision.arithmetic, quantization, float64_limit_bytes, seed, stored or source.stored())
         angles = Angles(plan.reference, seen)
         outputs = run_reference(
             checkpoint,

@@ -62,6 +62,7 @@ class Onnx:
         runner = subclass(OnnxRunner, mutation.runner, _OnnxBooks)(folder, manifest, SLOTS, threads=1)
         scratch = folder / "taps"
         scratch.mkdir()
+        self.stored = backend_of(self.runtime).stored(folder, manifest)
         yield runner, backend_of(self.runtime).taps(folder, manifest, self.precision, scratch)
         runner.release()
 

@@ -43,7 +43,13 @@ class Cell:
     @property
     def kinds(self):
         """What failed, in a word each: prefill, decode, taps, numbers (not finite), weights (of the file)."""
-        words = {"prefill:": "prefill", "decode:": "decode", "angle at": "taps", "every output": "numbers", "weights in": "weights"}
+        words = {
+            "prefill:": "prefill",
+            "decode:": "decode",
+            "angle at": "taps",
+            "every output": "numbers",
+            "weights in": "weights",
+        }
         return tuple(word for start, word in words.items() if any(name.startswith(start) for name in self.failed))
 
 
@@ -76,7 +82,7 @@ class Proof:
             with lowering.engine(checkpoint, mutation, folder) as (runner, taps):
                 report = verify(
                     _Recording(runner, logits), checkpoint, precision=lowering.precision, runtime=lowering.runtime, taps=taps,
-                    decode_steps=STEPS,
+                    decode_steps=STEPS, stored=getattr(lowering, "stored", None),
                 )  # fmt: skip
         shutil.rmtree(folder)
         noises = [c.noise for c in report.checks if c.name.endswith("logit error, mean")]
@@ -148,7 +154,13 @@ def judged(mutation, cell):
         within = cell.effect <= MEAN_MULTIPLE
         return Judged(within, False, f"passed, moved by {cell.effect:.2g} x noise")
     found = []
-    if cell.taps and cell.named != (first := expected(mutation.named(LOWERINGS[cell.lowering]().kinds), cell.taps)):
+    # A fault that rounding hides in every value, and that the weights of the file show, has no first tap.
+    hidden = cell.named is None and cell.effect <= MEAN_MULTIPLE and set(cell.kinds) == {"weights"}
+    if (
+        cell.taps
+        and not hidden
+        and cell.named != (first := expected(mutation.named(LOWERINGS[cell.lowering]().kinds), cell.taps))
+    ):
         found.append(f"first tap {cell.named}, not {first}")
     if stray := {"prefill", "decode"} & set(cell.kinds) - set(mutation.phases):
         found.append(f"{', '.join(sorted(stray))} blamed")
