@@ -38,6 +38,7 @@ import engines.parity.verify  # noqa: F401  (forks need not import it again)
 from engines.resume import SUFFIX as RESUME
 from engines.runtime.errors import ServingError
 from engines.runtime.manifest import MANIFEST_NAME, read_manifest, verify_files
+from engines.runtime.verdict import REPORT_FILES
 from engines.store import Store
 from ngpt.atomic_folder import SUFFIX as PARTIAL
 from ngpt.errors import NGPTDeployError
@@ -64,7 +65,7 @@ engines.backends.onnx.EXTERNAL_DATA_FROM = 0
 from scripts.cli import main
 sys.exit(main(sys.argv[1:]))
 """
-_VERDICT = ("parity.json", "parity.html", MANIFEST_NAME)
+_VERDICT = (*REPORT_FILES, MANIFEST_NAME)
 
 
 @dataclass
