@@ -19,6 +19,8 @@ from scripts.doctoring.findings import Finding, guarded, isolated, size
 _SIZES = "import json, sys; from scripts.doctoring.sizes import sizes; print(json.dumps(sizes(*json.loads(sys.argv[1]))))"
 _EXTRAS = {"onnxruntime": "onnx", "tensorrt": "tensorrt", "tensorrt_rtx": "rtx", "tensorrt_llm": "tensorrt-llm"}
 _CUDA = "CUDAExecutionProvider"
+_MORE = ("openai", "guided", "sign", "genai", "openvino")
+"""Extras that nothing asks for here, and that are looked up all the same."""
 
 
 @dataclass(frozen=True)

@@ -274,6 +274,12 @@ def test_a_manifest_that_does_not_go_with_the_key_is_damage(tmp_path, caplog):
     (engine / "manifest.json").write_text(json.dumps(manifest))
     assert build_engine(GQA, "cpu-fp32", store=tmp_path, verify=False) == engine
     assert read_manifest(engine).digests["weights"] != "sha256:other" and "damaged" in caplog.text
+    caplog.clear()
+    good = (engine / "model.onnx").read_bytes()
+    (engine / "model.onnx").chmod(0o644)
+    (engine / "model.onnx").write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    assert build_engine(GQA, "cpu-fp32", store=tmp_path, verify=False) == engine
+    assert (engine / "model.onnx").read_bytes() == good and "SHA-256" in caplog.text
 
 
 def test_an_edit_of_a_copy_leaves_the_store_as_it_is(tmp_path):
