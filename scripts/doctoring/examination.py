@@ -65,10 +65,10 @@ def examine(asked: Asked) -> Iterator[Probe]:
     if asked.serve or target is None:
         yield "the server", lambda: packages.of_extra("serve", needed=asked.serve, imports=asked.imports)
         yield (
-            "what else serves",
+            "what else there is",
             lambda: [
                 finding
-                for extra in ("openai", "guided")
+                for extra in _MORE
                 for finding in packages.of_extra(extra, needed=False, imports=False, but=("tritonclient", "protobuf"))
             ],
         )
