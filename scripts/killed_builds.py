@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,6 +39,7 @@ import engines.parity.verify  # noqa: F401  (forks need not import it again)
 from engines.resume import SUFFIX as RESUME
 from engines.runtime.errors import ServingError
 from engines.runtime.manifest import MANIFEST_NAME, read_manifest, verify_files
+from engines.runtime.verdict import REPORT_FILES
 from engines.store import Store
 from ngpt.atomic_folder import SUFFIX as PARTIAL
 from ngpt.errors import NGPTDeployError
@@ -64,7 +66,7 @@ engines.backends.onnx.EXTERNAL_DATA_FROM = 0
 from scripts.cli import main
 sys.exit(main(sys.argv[1:]))
 """
-_VERDICT = ("parity.json", "parity.html", MANIFEST_NAME)
+_VERDICT = (*REPORT_FILES, MANIFEST_NAME)
 
 
 @dataclass
@@ -122,6 +124,7 @@ def kill(way: str, checkpoint: Path, scratch: Path, times: int, pick: random.Ran
     while sum(found.kills.values()) < times:
         place.mkdir(exist_ok=True)
         number, own = pick.choice((signal.SIGKILL, signal.SIGTERM)), not forks and pick.random() < 0.1
+        before = working(place)
         process = started(arguments, place, own)
         time.sleep(pick.uniform(0.0, durations[own]))
         with contextlib.suppress(ProcessLookupError):
@@ -136,7 +139,7 @@ def kill(way: str, checkpoint: Path, scratch: Path, times: int, pick: random.Ran
             found.wrong.append(f"exit code {code} after SIGTERM: {(place / 'output').read_text()[-300:]}")
         found.kills[signal.Signals(number).name] += 1
         pending += 1
-        found.left[left(place, whole, found, number)] += 1
+        found.left[left(place, whole, found, number, before)] += 1
         if (place / "engine").exists() or pending == 4 or pick.random() < 0.4:
             complete(arguments, place, whole, found)
             place, pending = fresh(place), 0
@@ -182,8 +185,14 @@ def contents(engine: Path) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in files.items() if name not in _VERDICT}
 
 
-def left(place: Path, whole: dict[str, bytes], found: Found, number: int) -> str:
-    """What a kill left, in a word; what must not be goes to `found.wrong`."""
+def working(place: Path) -> set[Path]:
+    """The working folders in a place."""
+    return set(place.rglob(f".*{PARTIAL}"))
+
+
+def left(place: Path, whole: dict[str, bytes], found: Found, number: int, before: AbstractSet[Path] = frozenset()) -> str:
+    """What a kill left, in a word; what must not be goes to `found.wrong`. before: working folders of those killed earlier,
+    which a build that is stopped before it writes does not sweep yet."""
     state = ""
     for engine in engines_in(place):
         try:
@@ -196,9 +205,9 @@ def left(place: Path, whole: dict[str, bytes], found: Found, number: int) -> str
             store.check(store.read(key))
         except (NGPTDeployError, ServingError, OSError) as error:
             found.wrong.append(f"half an entry of the store: {error}")
-    partial = [path for path in place.rglob(f".*{PARTIAL}")]
-    if partial and number == signal.SIGTERM:
-        found.wrong.append(f"SIGTERM left {partial[0].relative_to(place)}")
+    partial = working(place)
+    if number == signal.SIGTERM and (new := partial - before):
+        found.wrong.append(f"SIGTERM left {min(new).relative_to(place)}")
     if state:
         return state
     if any(folder for folder in place.rglob(f".*{RESUME}") if (folder / "journal").exists()):

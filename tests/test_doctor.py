@@ -57,7 +57,7 @@ def test_what_is_missing_comes_with_its_command_and_exit_code_2(capsys):
     # Without anything asked for it is only told.
     code, found = doctor(capsys, "--quick")
     assert code == 0 and found["tensorrt"]["state"] == "missing" and not found["tensorrt"]["stops"]
-    assert {"tritonserver", "GPU", "ports", "fastapi", "llguidance", "trtllm-build"} <= set(found)
+    assert {"tritonserver", "GPU", "ports", "fastapi", "llguidance", "trtllm-build", "openvino"} <= set(found)
 
 
 def test_the_table_is_plain_text_unless_a_terminal_reads_it(capsys, monkeypatch):
@@ -151,7 +151,16 @@ def test_an_exception_in_a_probe_is_a_finding():
 # Packages
 
 
-@settings(max_examples=300, deadline=None)
+def test_every_extra_that_runs_something_is_looked_at():
+    import tomllib
+
+    from scripts.doctoring.examination import _EXTRAS, _MORE
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {*_EXTRAS.values(), *_MORE, "torch", "onnx-gpu", "serve", "docs", "dev"} == set(extras)
+
+
+@settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.integers(0, 12), min_size=1, max_size=4),
     st.lists(

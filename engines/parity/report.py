@@ -16,7 +16,7 @@ from engines.parity.invariants import Invariant
 from engines.parity.page import render
 from engines.runtime.errors import EngineFileError
 from ngpt.atomic_folder import replace_file
-from ngpt.errors import BuildError
+from ngpt.errors import BuildError, MissingPackageError
 
 JSON_FILE = "parity.json"
 HTML_FILE = "parity.html"
@@ -74,8 +74,13 @@ class ParityReport:
                 _same_length(invariant.mean, invariant.low, invariant.high, invariant.zeros)
                 _same_length(invariant.mean, invariant.layers or invariant.mean[:1])
             report = cls(data["verdict"], dict(data["summary"]), checks, sequences, dict(data["subject"]), invariants)
-            report.to_html().encode()  # numbers that cannot be drawn and text that cannot be written
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError, ArithmeticError) as error:
+            raise _no_report(f"{type(error).__name__}: {error}") from error
+        try:
+            report.to_html().encode()
+        except MissingPackageError:
+            raise
+        except Exception as error:  # whatever the page makes of numbers that cannot be drawn and text that cannot be written
             raise _no_report(f"{type(error).__name__}: {error}") from error
         if report.verdict != verdict_of(checks) or report.summary.get("verdict") != report.verdict:
             raise _no_report(f"the verdict {report.verdict!r:.20} over checks that say {verdict_of(checks)}")

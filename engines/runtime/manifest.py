@@ -294,8 +294,9 @@ def read_bounded(path: Path, limit: int) -> bytes:
         if path.exists() and not path.is_file():
             raise EngineFileError(f"{path}", expected="a file", found="something that is no file")
         with path.open("rb") as stream:
-            raw = stream.read(limit + 1)
-    if len(raw) > limit:
+            # One byte more than may be is enough of a file that grows meanwhile; of one that is too large nothing is read.
+            raw = b"" if (size := os.fstat(stream.fileno()).st_size) > limit else stream.read(limit + 1)
+    if max(size, len(raw)) > limit:
         raise EngineFileError(
             f"{path}", expected=f"at most {limit} bytes", found="more", remedy="This is not a file that the build wrote."
         )

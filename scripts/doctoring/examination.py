@@ -19,6 +19,8 @@ from scripts.doctoring.findings import Finding, guarded, isolated, size
 _SIZES = "import json, sys; from scripts.doctoring.sizes import sizes; print(json.dumps(sizes(*json.loads(sys.argv[1]))))"
 _EXTRAS = {"onnxruntime": "onnx", "tensorrt": "tensorrt", "tensorrt_rtx": "rtx", "tensorrt_llm": "tensorrt-llm"}
 _CUDA = "CUDAExecutionProvider"
+_MORE = ("openai", "guided", "sign", "genai", "openvino")
+"""Extras that nothing asks for here, and that are looked up all the same."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,10 @@ def examine(asked: Asked) -> Iterator[Probe]:
     if asked.serve or target is None:
         yield "the server", lambda: packages.of_extra("serve", needed=asked.serve, imports=asked.imports)
         yield (
-            "what else serves",
+            "what else there is",
             lambda: [
                 finding
-                for extra in ("openai", "guided")
+                for extra in _MORE
                 for finding in packages.of_extra(extra, needed=False, imports=False, but=("tritonclient", "protobuf"))
             ],
         )

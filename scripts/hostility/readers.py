@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import importlib
 import importlib.util
@@ -12,6 +13,7 @@ import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from scripts.hostility import formats, mutations
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN, TINY = ROOT / "tests" / "golden", ROOT / "examples" / "ngpt-tiny"
+SIGNS = importlib.util.find_spec("securesystemslib") is not None and importlib.util.find_spec("cryptography") is not None
 MISPLACED = 0.04
 """Part of the cases in which something else stands in the file's place."""
 
@@ -26,7 +29,7 @@ MISPLACED = 0.04
 @dataclass(frozen=True)
 class Goods:
     """Good files, made once. engine: of golden gqa for cpu-fp32, verified; text: a small tokenizer's files; store: with one
-    entry."""
+    entry; signature: of the engine's verdict, and the public key, where the extra `sign` is installed."""
 
     folder: Path
 
@@ -42,6 +45,14 @@ class Goods:
     def store(self) -> Path:
         return self.folder / "store"
 
+    @property
+    def signature(self) -> Path:
+        return self.folder / "signature.jsonl"
+
+    @property
+    def key(self) -> Path:
+        return self.folder / "public.pem"
+
     @classmethod
     def make(cls, folder: Path) -> Goods:
         """In an empty folder; takes some seconds."""
@@ -55,6 +66,8 @@ class Goods:
         build_engine(GOLDEN / "gqa", "cpu-fp32", goods.engine, verify=False)
         record_verdict(goods.engine, verify(goods.engine, GOLDEN / "gqa", decode_steps=1))
         build_engine(GOLDEN / "gqa", "cpu-fp32", store=goods.store, verify=False)
+        if SIGNS:
+            goods._sign()
         goods.text.mkdir()
         letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:200]
         made = Tokenizer(models.BPE({letter: at for at, letter in enumerate(letters)}, []))
@@ -72,6 +85,19 @@ class Goods:
         template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}\n{% endfor %}"
         (goods.text / "chat_template.jinja").write_text(template)
         return goods
+
+    def _sign(self) -> None:
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+        from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+        from engines.runtime.manifest import read_manifest
+        from engines.signing import signing_with
+
+        made, private, manifest = Ed25519PrivateKey.generate(), self.folder / "private.pem", read_manifest(self.engine)
+        private.write_bytes(made.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        self.key.write_bytes(made.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+        report = {"parity.json": manifest.files["parity.json"].sha256}
+        self.signature.write_text(signing_with(private)(manifest, report, "pass"))
 
 
 @dataclass(frozen=True)
@@ -211,13 +237,20 @@ def _read_manifest(goods: Goods, folder: Path) -> None:
     from engines.record import recorded_precision
     from engines.runtime.compatibility import slots_for
     from engines.runtime.manifest import read_manifest
-    from scripts.commands.inspecting import _inspect
 
-    _inspect(argparse.Namespace(engine=folder, quick=True, json=False, on="h100"))
+    arguments = _commands().parse_args(["inspect", str(folder), "--quick", "--on", "h100"])
+    arguments.run(arguments)
     manifest = read_manifest(folder)
     json.dumps(manifest.to_dict())
     slots_for(manifest, 8)
     recorded_precision(manifest)
+
+
+@lru_cache(maxsize=1)
+def _commands() -> argparse.ArgumentParser:
+    from scripts.cli import parser
+
+    return parser()
 
 
 def _write_report(goods: Goods, folder: Path, pick: random.Random) -> None:
@@ -315,6 +348,30 @@ def _baseline(goods: Goods) -> tuple[Any, Any, Any]:
     return baseline, read_manifest(goods.engine), baseline.Entry("fp32", 100, figures)
 
 
+def _write_signature(goods: Goods, folder: Path, pick: random.Random) -> None:
+    from engines.runtime.verdict import SIGNATURE_FILE
+
+    _link_engine(goods, folder, SIGNATURE_FILE)
+    tree, key = json.loads(goods.signature.read_text()), goods.key.read_bytes()
+    if pick.random() < 0.2:
+        key = mutations.spoil_bytes(key, pick)
+    elif pick.random() < 0.4:
+        inner = mutations.spoil_json(json.loads(base64.b64decode(tree["payload"])), pick, ("subject", "predicate", "digest"))
+        tree["payload"] = base64.b64encode(inner).decode()
+        (folder / SIGNATURE_FILE).write_text(json.dumps(tree))
+    else:
+        _put(folder / SIGNATURE_FILE, mutations.spoil_json(tree, pick, ("payload", "payloadType", "signatures", "keyid")), pick)
+    _put(folder / "key.pem", key, pick)
+
+
+def _read_signature(goods: Goods, folder: Path) -> None:
+    """As `inspect --require-signature` does; the key is not a file of strangers, but may be the wrong one."""
+    from engines.runtime.manifest import read_manifest
+    from engines.signing import check_signature
+
+    check_signature(folder, read_manifest(folder), folder / "key.pem")
+
+
 def _read_checkpoint(goods: Goods, folder: Path) -> None:
     _checkpoint(folder)
 
@@ -333,6 +390,8 @@ READERS = {
 }
 if importlib.util.find_spec("engines.parity.baseline") is not None:
     READERS["baseline"] = Reader(0.05, _write_baseline, _read_baseline)
+if SIGNS:
+    READERS["signature"] = Reader(0.05, _write_signature, _read_signature)
 
 
 def typed(error: BaseException) -> bool:

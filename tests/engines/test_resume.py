@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import engines.backends.onnx
+import ngpt.file_lock
 from engines.build import build_engine
 from engines.resume import SUFFIX, discard, resuming
 from engines.store import Store
@@ -207,6 +208,22 @@ def test_a_lock_whose_file_was_removed_is_taken_anew(tmp_path):
             assert other and int(path.read_text()) == os.getpid()
     with locked(path), locked(path) as second:
         assert second is False
+
+
+def test_a_lock_file_that_goes_between_opening_and_locking_is_not_the_lock(tmp_path, monkeypatch):
+    path, usual, left = tmp_path / "lock", ngpt.file_lock._taken, [1]
+
+    def taken(lock):
+        if left:
+            left.pop()
+            path.unlink()
+        return usual(lock)
+
+    monkeypatch.setattr(ngpt.file_lock, "_taken", taken)
+    with locked(path) as held:
+        assert held and path.exists()
+        with locked(path) as other:
+            assert other is False
 
 
 def test_a_journal_takes_what_its_bytes_confirm(tmp_path):

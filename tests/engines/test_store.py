@@ -102,6 +102,13 @@ def test_every_option_is_part_of_the_key():
     assert len({key_of(parts_of(**options)) for options in [{}, *OPTIONS]}) == len(OPTIONS) + 1
 
 
+def test_ends_that_are_given_count_even_if_they_are_the_checkpoints_own():
+    """They are written into another file."""
+    with open_checkpoint(TINY) as opened:
+        own = list(opened.text.ends)
+    assert own and key_of(parts_of(eos=own)) != key_of(parts_of())
+
+
 def test_every_field_of_a_target_and_of_its_precision_is_part_of_the_key():
     """A field that is added later and that this test does not know fails it."""
     target = load_target("h100")
@@ -274,6 +281,12 @@ def test_a_manifest_that_does_not_go_with_the_key_is_damage(tmp_path, caplog):
     (engine / "manifest.json").write_text(json.dumps(manifest))
     assert build_engine(GQA, "cpu-fp32", store=tmp_path, verify=False) == engine
     assert read_manifest(engine).digests["weights"] != "sha256:other" and "damaged" in caplog.text
+    caplog.clear()
+    good = (engine / "model.onnx").read_bytes()
+    (engine / "model.onnx").chmod(0o644)
+    (engine / "model.onnx").write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    assert build_engine(GQA, "cpu-fp32", store=tmp_path, verify=False) == engine
+    assert (engine / "model.onnx").read_bytes() == good and "SHA-256" in caplog.text
 
 
 def test_an_edit_of_a_copy_leaves_the_store_as_it_is(tmp_path):
@@ -374,6 +387,15 @@ def test_what_a_killed_builder_left_is_swept_by_a_build_of_anything(tmp_path):
     assert any(path.name.endswith(SUFFIX) for path in store.iterdir()) and not Store(store).entries()
     entry_of(store)
     assert not any(path.name.endswith(SUFFIX) for path in store.iterdir()) and len(Store(store).entries()) == 1
+
+
+def test_what_a_killed_verification_left_is_swept_when_its_engine_is_found(tmp_path):
+    parts, write, engine = entry_of(tmp_path)
+    left = engine.with_name(f".engine.0{SUFFIX}")
+    left.mkdir()
+    (left / "owner").touch()
+    Store(tmp_path).obtain(parts, write)
+    assert sorted(path.name for path in engine.parent.iterdir()) == ["engine", "key.json"]
 
 
 def test_without_locks_the_first_ones_engine_counts(tmp_path, monkeypatch):
