@@ -108,18 +108,24 @@ def checks(
     for tap in taps:
         found += _pair(f"angle at {tap}", measured, None, partial(_at, tap), roundoff, "rad", tap)
     if audit is not None:
-        count, worst = len(audit.matrices), f"quantised weights, worst ({audit.worst_name})"
-        found.append(Check(worst, audit.worst_step, 0.5, 1.01, "step", count))
-        found.append(Check("quantised weights, rms", audit.worst_rms, 0.29, 0.5, "step", count))
-        found.append(Check("some weights are quantised", 0.0 if count else 1.0, 0.0, 0.0, "", 1))
-    if served is not None and audit is not None:
-        count, worst = len(served.matrices), f"weights in the engine's file, worst ({served.worst_name})"
-        found.append(Check(worst, served.worst_step, audit.worst_step, 1.01, "step", count))
-        found.append(Check("weights in the engine's file, rms", served.worst_rms, audit.worst_rms, 0.5, "step", count))
-        missing = len(audit.matrices.keys() - served.matrices.keys())
-        found.append(Check("quantised matrices that the engine's file lacks", missing, 0.0, 0.0, "", len(audit.matrices)))
+        found += _weights(audit, served)
     if loss is not None:
         found.append(loss.check())
+    return found
+
+
+def _weights(audit: WeightAudit, served: WeightAudit | None) -> list[Check]:
+    """Those that lie in the engine's file where they can be read, else the reference's own."""
+    own, what = (audit, "quantised weights") if served is None else (served, "weights in the engine's file")
+    count = len(own.matrices)
+    found = [
+        Check(f"{what}, worst ({own.worst_name})", own.worst_step, 0.5, 1.01, "step", count),
+        Check(f"{what}, rms", own.worst_rms, 0.29, 0.5, "step", count),
+        Check("some weights are quantised", 0.0 if count else 1.0, 0.0, 0.0, "", 1),
+    ]
+    if served is not None:
+        lacking = len(audit.matrices)
+        found.append(Check("quantised matrices that the engine's file lacks", lacking, 0.0, 0.0, "", count + lacking))
     return found
 
 

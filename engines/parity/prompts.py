@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ngpt.checkpoint import Checkpoint
+from ngpt.checkpoint import Checkpoint, expected_tensors
 from ngpt.errors import ConfigError, os_trouble, shown
 
 TEXTS = (
@@ -32,6 +33,8 @@ class Counter:
 )
 _RANDOM_LENGTHS = (5, 33, 128)
 DECODE_STEPS = 64
+LARGE = 1 << 30
+"""Parameters from which half as many steps are enough: every position costs the reference a step through all of them."""
 TEXT_WINDOW, TEXT_STEPS = 512, 16
 MOST_TEXT_BYTES, MOST_TEXT_TOKENS = 4 << 20, 16_384
 _MOST_LOGITS = 1 << 29  # of all windows together: in float64 4 GB of scratch for each way of running the model
@@ -64,7 +67,8 @@ def make_sequences(
 ) -> list[TokenSequence]:
     """Sequences of prompt + ``decode_steps`` tokens, none longer than ``max_length``.
 
-    Without a number of steps there are `DECODE_STEPS`, or half of ``max_length`` where that is less: the other half is the
+    Without a number of steps there are `DECODE_STEPS` (half as many for a model of `LARGE` parameters), or half of
+    ``max_length`` where that is less: the other half is the
     prompt's. Given prompts (text, or token ids) are continued by ``continue_greedily``; without it their second half stands
     for what is decoded. By default there are three random-token sequences (more where the model's length is short), which
     visit directions that text never does, and two of text if the checkpoint has a tokenizer. Raises `ConfigError` for
@@ -78,7 +82,7 @@ def make_sequences(
             remedy="a model of one token generates nothing; build --no-verify makes its engine unverified",
         )
     if decode_steps is None:
-        decode_steps = min(DECODE_STEPS, max_length // 2)
+        decode_steps = min(DECODE_STEPS if parameters(checkpoint) < LARGE else DECODE_STEPS // 2, max_length // 2)
     room = max_length - decode_steps
     if decode_steps < 1 or room < 1:
         raise ConfigError(
@@ -158,6 +162,11 @@ def text_windows(checkpoint: Checkpoint, text: str, *, max_length: int, decode_s
         for number, piece in enumerate(pieces)
         if len(piece) > 1
     ]
+
+
+def parameters(checkpoint: Checkpoint) -> int:
+    """Numbers that the network has."""
+    return sum(math.prod(expected.shape) for expected in expected_tensors(checkpoint.spec).values())
 
 
 def _with_direction(checkpoint: Checkpoint) -> NDArray[np.int64]:

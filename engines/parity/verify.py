@@ -19,7 +19,7 @@ from engines.parity.driving import Runner, continue_greedily, run_engine
 from engines.parity.gate import Loss, Measured
 from engines.parity.invariants import invariants_of
 from engines.parity.opening import opened
-from engines.parity.prompts import TokenSequence, make_sequences, text_windows
+from engines.parity.prompts import TokenSequence, make_sequences, parameters, text_windows
 from engines.parity.quantized import Quantization, WeightAudit, quantization_of, round_to_int8
 from engines.parity.reference import Taps, Variant, run_reference
 from engines.parity.report import ParityReport
@@ -29,7 +29,7 @@ from engines.parity.taps import tap_distance
 from engines.parity.weights import PerturbedWeights, QuantizedWeights, folded_factors
 from engines.runtimes import precision_of
 from export.precision import Precision
-from ngpt.checkpoint import Checkpoint, expected_tensors, open_checkpoint
+from ngpt.checkpoint import Checkpoint, open_checkpoint
 from ngpt.errors import EngineError
 from ngpt.progress import Progress, part_of, silent
 
@@ -64,7 +64,7 @@ def verify(
         checkpoint: the folder or file that the engine was built from, or it opened. A folder's manifest says which it must be.
         prompts: texts, or lists of token ids, which the engine continues greedily. Unless given: random tokens, and text where
             the checkpoint has a tokenizer.
-        decode_steps: tokens decoded after each prompt; 64 unless given, or half the model's length where that is less.
+        decode_steps: tokens decoded after each prompt; 64 unless given (32 from a billion parameters on), or half the model's length.
         text: compared as well, in windows; the summary then has the perplexity of engine and reference over it.
         seed: of the random tokens.
         precision: what the engine computes in and stores, itself or by its name in ``runtime``. Unless given: what the
@@ -155,8 +155,7 @@ def plan_of(
     seed: int,
     stored: StoredRows | None = None,
 ) -> Plan:
-    parameters = sum(int(np.prod(expected.shape)) for expected in expected_tensors(checkpoint.spec).values())
-    wide = "float64" if 8 * parameters <= limit else "float32"
+    wide = "float64" if 8 * parameters(checkpoint) <= limit else "float32"
     rounds = quantization is not None and quantization.activation_block is not None
     # Where the reference itself is in the engine's precision, another kernel (another order of summation) stands in.
     attention = "sdpa" if precision == wide and not rounds else "eager"

@@ -57,7 +57,7 @@ class QuantizedWeights(_Rounded):
 
     An engine rounds rows into which scales are folded (suv, sz). Where its own scales are rounded to float16 that is not what
     rounding the row alone gives: `factors` says what its rows are multiplied by. `stored` gives the rows that lie in the engine's
-    own file: they are audited as well (`served`), so that one wrong block of thousands of millions of weights is found, which
+    own file: they are audited then (`served`), so that one wrong block of thousands of millions of weights is found, which
     no value inside the network would show.
     """
 
@@ -80,13 +80,12 @@ class QuantizedWeights(_Rounded):
             rounded = self.quantization.round_trip(module, folded)
             # A row times zero is zero in the engine, and multiplied by zero in the reference, whatever it is.
             after = np.divide(rounded, by, out=before.copy(), where=by != 0)
-        found = audit_weight(module, before, after, self.quantization)
         own = None if self._stored is None else self._stored(module, first_row, len(before))
-        served = None if own is None else audit_weight(module, folded, own, self.quantization)
+        # What lies in the engine's file comes from the same rounding: one audit is enough, and that of the file says more.
+        audit, rounded = (self.audit, after) if own is None else (self.served, own)
+        found = audit_weight(module, before if own is None else folded, rounded, self.quantization)
         with self._lock:
-            self.audit.add(module, found)
-            if served is not None:
-                self.served.add(module, served)
+            audit.add(module, found)
         return after
 
     def _factor(self, module: str) -> NDArray[np.float32] | None:
