@@ -19,6 +19,7 @@ GROUPS = {
     "prefill": "Logits of prefill",
     "decode": "Logits of decode",
     "choice": "First choice",
+    "answers": "Answers of the server",
     "taps": "Values inside the network",
     "loss": "Cost of the quantisation",
 }
@@ -34,13 +35,19 @@ def group_of(check: Check) -> str:
         ("prefill: ", "prefill"),
         ("decode: ", "decode"),
         ("first choice", "choice"),
+        ("greedy token", "choice"),
+        ("log-probability", "answers"),
+        ("drawn answers", "answers"),
         ("quantised weights", "weights"),
+        ("quantised matrices", "weights"),
+        ("weights in the engine", "weights"),
+        ("values inside", "taps"),
         ("some weights", "weights"),
         ("quantisation loss", "loss"),
     ):
         if check.name.startswith(start):
             return group
-    return "finite" if "finite" in check.name else "choice" if "choice" in check.name else "loss"
+    return "finite"
 
 
 def grouped(checks: Sequence[Check]) -> dict[str, list[Check]]:
@@ -122,8 +129,9 @@ def clues(report: ParityReport) -> Iterator[str]:
         yield f"The engine's outputs hold NaN or infinity{where}. Look for an overflow of a narrow type there."
     if "weights" in failed:
         yield (
-            "The stored weights are not the checkpoint's, rounded to nearest. Look at the quantiser first: engine and reference "
-            "share what it made, so that every other check compares like with like."
+            "The quantised weights are not the checkpoint's, rounded to nearest. Look at the quantiser, and at how its numbers "
+            "came into the engine's file, before anything else: the reference rounds with the same quantiser, so that other "
+            "checks may pass."
         )
     if tap:
         yield _of_taps(report, tap)

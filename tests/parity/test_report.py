@@ -172,6 +172,34 @@ def test_an_engine_that_shows_nothing_inside_is_said_to():
     assert "shows no values inside" in page and "Layer by layer" not in page
 
 
+def test_checks_of_a_served_model_have_groups_of_their_own():
+    from engines.parity.wire_checks import CHOICE, SEEDS
+
+    names = [
+        CHOICE,
+        SEEDS,
+        "log-probability of the chosen token, mean",
+        "every output is finite",
+        "the noise, PyTorch in this precision, is finite",
+    ]
+    found = grouped([Check(name, 1.0, 0.0, 0.0, "", 1) for name in names])
+    assert {group: len(checks) for group, checks in found.items()} == {"finite": 2, "choice": 1, "answers": 2}
+    names = [
+        "weights in the engine's file, rms",
+        "quantised matrices that the engine's file lacks",
+        "some weights are quantised",
+        "quantised weights, rms",
+    ]
+    assert list(grouped([Check(name, 1.0, 0.0, 0.0, "", 1) for name in names])) == ["weights"]
+    assert list(grouped([Check("values inside the engine", 0.0, 0.0, 0.0, "", 0)])) == ["taps"]
+    page = text_of(
+        ParityReport(
+            "pass", {"verdict": "pass", "server": {"url": "127.0.0.1:1"}}, [Check(CHOICE, 0.0, 0.0, 0.0, "", 1)]
+        ).to_html()
+    )
+    assert "running server" in page and "ngpt-deploy package" not in page
+
+
 def test_a_report_without_any_sample_is_no_pass():
     page = text_of(ParityReport("fail", {"verdict": "fail", "engine": "e"}, [Check("x", 0.0, 0.0, 0.0, "", 0)]).to_html())
     assert "Nothing was decided" in page
