@@ -24,7 +24,7 @@ GROUPS = {
     "loss": "Cost of the quantisation",
 }
 """Of checks, in the order in which one would look."""
-_FEW = 5
+_FEW, _MOST_OF = 5, 0.9
 
 
 def group_of(check: Check) -> str:
@@ -160,9 +160,9 @@ def _of_taps(report: ParityReport, tap: str) -> str:
     later = {name for name in order[order.index(tap) :]} & after
     place = "Before the first layer" if layer is None else f"In layer {layer}"
     text = f"{place}, at {tap} ({step_of(tap).what}), the engine first leaves its limit. Look at {step_of(tap).suspects}."
-    if len(bad) > 1 and bad == later:
-        text += " Everything after it is off as well, as it must be: its input is wrong."
-    elif len(bad) < len(later):
+    if len(bad) > 1 and len(bad) >= _MOST_OF * len(later):  # not quite all: queries, keys and values do not follow each other
+        text += " What comes after it is off as well, as it must be: its input is wrong."
+    elif len(later) > 1:
         text += (
             f" Of the {len(later)} values from there on {len(bad)} are beyond their limits: the error fades, or is close to the "
             "limit."

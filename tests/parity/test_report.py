@@ -113,7 +113,7 @@ def test_the_first_value_that_parts_ways_is_named_with_what_it_is_and_what_to_lo
     report = made(failing=tuple(f"angle at {tap}," for tap in tap_names(3)[11:]))
     assert tap_names(3)[11] == "layers.1.attn.k_norm"
     assert "In layer 1, at layers.1.attn.k_norm" in told(report) and STEPS["attn.k_norm"].suspects in told(report)
-    assert "Everything after it is off as well" in told(report)
+    assert "What comes after it is off as well" in told(report)
     page = report.to_html()
     assert page.count('"over first"') == 1 and "first beyond: layers.1.attn.k_norm" in page
     row = next(row for row in re.findall(r"<tr>.*?</tr>", page, re.S) if '"over first"' in row)
