@@ -57,6 +57,7 @@ docs/metrics
 docs/deployment
 docs/sizing
 docs/parity
+docs/ci
 docs/glossary
 ```
 

@@ -64,7 +64,8 @@ def verify(
         checkpoint: the folder or file that the engine was built from, or it opened. A folder's manifest says which it must be.
         prompts: texts, or lists of token ids, which the engine continues greedily. Unless given: random tokens, and text where
             the checkpoint has a tokenizer.
-        decode_steps: tokens decoded after each prompt; 64 unless given (32 from a billion parameters on), or half the model's length.
+        decode_steps: tokens decoded after each prompt; unless given 64, 32 from a billion parameters on, and at most half the
+            model's length.
         text: compared as well, in windows; the summary then has the perplexity of engine and reference over it.
         seed: of the random tokens.
         precision: what the engine computes in and stores, itself or by its name in ``runtime``. Unless given: what the

@@ -28,7 +28,7 @@ def add_verify(command: Command) -> None:
     verify.add_argument(
         "--decode-steps",
         type=positive,
-        help="teacher-forced decode steps per prompt; 64 (32 from a billion parameters on), or half the model's length, if not given",
+        help="decode steps per prompt; if not given 64, 32 from a billion parameters on, and at most half the model's length",
     )
     verify.add_argument(
         "--report", type=Path, help="folder that gets parity.json and parity.html, too; the engine's own alone if not given"
