@@ -70,7 +70,4 @@ def _filled(root: ElementTree.Element, name: str, cases: Sequence[ElementTree.El
 
 def _text(text: str, most: int = _MOST_TEXT) -> str:
     """What XML 1.0 can hold: control characters, lone surrogates and what is no character are spelled out."""
-    shown = plain(text, most)
-    return "".join(
-        letter if letter == "\n" or letter.isprintable() else letter.encode("unicode_escape").decode() for letter in shown
-    )
+    return plain(text, most)

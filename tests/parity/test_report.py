@@ -1,6 +1,7 @@
 """The report: what it says of a failure, what it shows, and that it stands alone."""
 
 import base64
+import dataclasses
 import hashlib
 import html
 import json
@@ -22,6 +23,7 @@ from engines.parity import ParityReport, verify
 from engines.parity.gate import Check
 from engines.parity.invariants import Invariant, invariants_of
 from engines.parity.patterns import clues, grouped, strays
+from engines.parity.pictures import strip
 from engines.parity.report import SequenceResult
 from engines.parity.steps import STEPS
 from engines.parity.svg import MOST_POINTS, Chart, Line, Row, Strip, Whiskers
@@ -367,6 +369,19 @@ def test_the_weights_pictures_show_what_is_in_the_checkpoint(name):
         assert found["sz"].layers == [] and len(found["sz"].mean) == 1
 
 
+def test_each_scale_is_shown_as_the_network_uses_it():
+    with open_checkpoint(GOLDEN / "gqa") as checkpoint:
+        before = {item.name: item.mean[0] for item in invariants_of(checkpoint) if item.kind == "scale"}
+        fields = ("sqk_scale", "attn_alpha_scale", "suv_scale", "mlp_alpha_scale", "sz_scale")
+        factors = {name: 2.0 + place for place, name in enumerate(fields)}
+        checkpoint.spec = dataclasses.replace(
+            checkpoint.spec, **{name: getattr(checkpoint.spec, name) * factors[name] for name in fields}
+        )
+        after = {item.name: item.mean[0] for item in invariants_of(checkpoint) if item.kind == "scale"}
+    names = ("sqk", "attention alpha", "suv", "MLP alpha", "sz")
+    assert {name: round(after[name] / before[name], 6) for name in names} == dict(zip(names, factors.values(), strict=True))
+
+
 def test_blocks_of_a_matrix_give_the_norms_of_the_whole(monkeypatch):
     with open_checkpoint(GOLDEN / "gqa") as checkpoint:
         whole = invariants_of(checkpoint)
@@ -396,6 +411,13 @@ def test_a_peak_of_a_long_line_is_not_thinned_away():
     for line in chart.lines:
         points = [point for run in chart.runs(line) for point in run]
         assert len(points) <= MOST_POINTS and min(points, key=lambda point: point[1]) == (chart.x(3333), chart.y(1.0))
+
+
+def test_the_strip_tells_what_could_be_decided_from_what_could_not():
+    report = made(length=8, sequences=1)  # margins 0 1 2 3 0 1 2 3, decidable above 1.5; another choice at 3 and 5
+    picture = strip(report)
+    assert picture.rows[0].cells == "??=x?~=="
+    assert "4 are decidable: at 3 the choice is the same, at 1 it is wrong" in picture.about
 
 
 def test_a_strip_has_every_position_once():
