@@ -31,6 +31,7 @@ SLOW_FILES = (
     "tests/test_killed_builds.py",
     "tests/test_signals.py",
     "tests/test_soak.py",
+    "tests/test_ci_recipes.py",
     "tests/openai/test_commands.py",
     "tests/openai/test_endpoints.py",
     "tests/openai/test_ends.py",
@@ -96,6 +97,12 @@ SLOW = {
         "test_the_check_fits_itself_to_the_context",
         "test_an_engine_with_fewer_bits_than_it_claims_fails",
         "test_small_and_rare_faults_fail",
+    ),
+    "tests/parity/test_report.py": ("test_the_script_of_a_failed_report_runs_and_shows_the_fault",),
+    "tests/test_verify_ci.py": (
+        "test_the_example_is_as_good_and_as_small_as_it_was",
+        "test_the_perplexity_of_a_file_is_that_of_both",
+        "test_speed_is_measured_against_pytorch_and_compared",
     ),
     "tests/test_cli.py": ("test_build_verifies_every_cpu_target",),
     "tests/test_commands.py": (

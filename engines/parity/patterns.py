@@ -19,11 +19,12 @@ GROUPS = {
     "prefill": "Logits of prefill",
     "decode": "Logits of decode",
     "choice": "First choice",
+    "answers": "Answers of the server",
     "taps": "Values inside the network",
     "loss": "Cost of the quantisation",
 }
 """Of checks, in the order in which one would look."""
-_FEW = 5
+_FEW, _MOST_OF = 5, 0.9
 
 
 def group_of(check: Check) -> str:
@@ -34,13 +35,19 @@ def group_of(check: Check) -> str:
         ("prefill: ", "prefill"),
         ("decode: ", "decode"),
         ("first choice", "choice"),
+        ("greedy token", "choice"),
+        ("log-probability", "answers"),
+        ("drawn answers", "answers"),
         ("quantised weights", "weights"),
+        ("quantised matrices", "weights"),
+        ("weights in the engine", "weights"),
+        ("values inside", "taps"),
         ("some weights", "weights"),
         ("quantisation loss", "loss"),
     ):
         if check.name.startswith(start):
             return group
-    return "finite" if "finite" in check.name else "choice" if "choice" in check.name else "loss"
+    return "finite"
 
 
 def grouped(checks: Sequence[Check]) -> dict[str, list[Check]]:
@@ -122,8 +129,9 @@ def clues(report: ParityReport) -> Iterator[str]:
         yield f"The engine's outputs hold NaN or infinity{where}. Look for an overflow of a narrow type there."
     if "weights" in failed:
         yield (
-            "The stored weights are not the checkpoint's, rounded to nearest. Look at the quantiser first: engine and reference "
-            "share what it made, so that every other check compares like with like."
+            "The quantised weights are not the checkpoint's, rounded to nearest. Look at the quantiser, and at how its numbers "
+            "came into the engine's file, before anything else: the reference rounds with the same quantiser, so that other "
+            "checks may pass."
         )
     if tap:
         yield _of_taps(report, tap)
@@ -152,9 +160,9 @@ def _of_taps(report: ParityReport, tap: str) -> str:
     later = {name for name in order[order.index(tap) :]} & after
     place = "Before the first layer" if layer is None else f"In layer {layer}"
     text = f"{place}, at {tap} ({step_of(tap).what}), the engine first leaves its limit. Look at {step_of(tap).suspects}."
-    if len(bad) > 1 and bad == later:
-        text += " Everything after it is off as well, as it must be: its input is wrong."
-    elif len(bad) < len(later):
+    if len(bad) > 1 and len(bad) >= _MOST_OF * len(later):  # not quite all: queries, keys and values do not follow each other
+        text += " What comes after it is off as well, as it must be: its input is wrong."
+    elif len(later) > 1:
         text += (
             f" Of the {len(later)} values from there on {len(bad)} are beyond their limits: the error fades, or is close to the "
             "limit."

@@ -73,7 +73,7 @@ def excess(check: Check) -> str:
     if not check.sample or check.limit <= 0 or not math.isfinite(check.measured):
         return ""
     times = check.measured / check.limit
-    return f"{times:.2f}" if times < 100 else f"{times:.2g}"
+    return f"{times:.2f}" if times < 100 else f"{times:.0f}" if times < 1e5 else f"{times:.2g}"
 
 
 def share(check: Check) -> float:

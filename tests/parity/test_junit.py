@@ -55,7 +55,7 @@ def test_every_check_is_a_test_case_and_its_outcome_is_the_checks():
         case = cases[check.name]
         assert (case.find("failure") is not None) == check.failed and (case.find("skipped") is not None) == (not check.sample)
     failure = cases["decode: sqrt(KL), mean"].find("failure")
-    for part in ("measured 4", "limit 0.004", "noise 0.001", "1e+03 times the limit"):
+    for part in ("measured 4", "limit 0.004", "noise 0.001", "1000 times the limit"):
         assert part in failure.get("message") + failure.text
     assert "Only decode fails" in root.find("testsuite[@name='parity: Logits of decode']/system-out").text
 

@@ -113,7 +113,7 @@ def test_the_first_value_that_parts_ways_is_named_with_what_it_is_and_what_to_lo
     report = made(failing=tuple(f"angle at {tap}," for tap in tap_names(3)[11:]))
     assert tap_names(3)[11] == "layers.1.attn.k_norm"
     assert "In layer 1, at layers.1.attn.k_norm" in told(report) and STEPS["attn.k_norm"].suspects in told(report)
-    assert "Everything after it is off as well" in told(report)
+    assert "What comes after it is off as well" in told(report)
     page = report.to_html()
     assert page.count('"over first"') == 1 and "first beyond: layers.1.attn.k_norm" in page
     row = next(row for row in re.findall(r"<tr>.*?</tr>", page, re.S) if '"over first"' in row)
@@ -170,6 +170,34 @@ def test_what_was_not_decided_is_shown_as_such():
 def test_an_engine_that_shows_nothing_inside_is_said_to():
     page = text_of(made(taps=False, failing=("prefill", "decode")).to_html())
     assert "shows no values inside" in page and "Layer by layer" not in page
+
+
+def test_checks_of_a_served_model_have_groups_of_their_own():
+    from engines.parity.wire_checks import CHOICE, SEEDS
+
+    names = [
+        CHOICE,
+        SEEDS,
+        "log-probability of the chosen token, mean",
+        "every output is finite",
+        "the noise, PyTorch in this precision, is finite",
+    ]
+    found = grouped([Check(name, 1.0, 0.0, 0.0, "", 1) for name in names])
+    assert {group: len(checks) for group, checks in found.items()} == {"finite": 2, "choice": 1, "answers": 2}
+    names = [
+        "weights in the engine's file, rms",
+        "quantised matrices that the engine's file lacks",
+        "some weights are quantised",
+        "quantised weights, rms",
+    ]
+    assert list(grouped([Check(name, 1.0, 0.0, 0.0, "", 1) for name in names])) == ["weights"]
+    assert list(grouped([Check("values inside the engine", 0.0, 0.0, 0.0, "", 0)])) == ["taps"]
+    page = text_of(
+        ParityReport(
+            "pass", {"verdict": "pass", "server": {"url": "127.0.0.1:1"}}, [Check(CHOICE, 0.0, 0.0, 0.0, "", 1)]
+        ).to_html()
+    )
+    assert "running server" in page and "ngpt-deploy package" not in page
 
 
 def test_a_report_without_any_sample_is_no_pass():
