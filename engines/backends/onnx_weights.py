@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -14,6 +15,7 @@ from engines.backends.protocol import StoredRows
 from engines.runtime.manifest import Manifest, contained_path
 from ngpt.errors import EngineError, missing_package
 
+_NAME = re.compile(r"layers\.(\d+)\.(?:attn|mlp)\.(qkv|q|k|v|o|up|gate|down)")
 _PARTS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj"}
 _PARTS |= {part: f"mlp.{part}_proj" for part in ("up", "gate", "down")}
 
@@ -84,10 +86,12 @@ def _matrices(node: Any, array: Callable[[str], NDArray[Any]], sizes: Mapping[st
     zeros = None
     if len(node.input) > 3 and node.input[3]:
         zeros = _unpacked(array(node.input[3]).reshape(rows, -1), bits)[:, :blocks]
-    name = node.output[0].removesuffix(".product")
+    name = node.input[1].removesuffix(".data")
     if name == "head":
         return {"lm_head": _Matrix(codes, scales, zeros, bits, columns, 0)}
-    _, layer, _, last = name.split(".")
+    if (known := _NAME.fullmatch(name)) is None:
+        return {}  # not one of ours: the matrix that it stands for is then missed
+    layer, last = known.groups()
     found, first = {}, 0
     for part in "qkv" if last == "qkv" else (last,):
         found[f"model.layers.{layer}.{_PARTS[part]}"] = _Matrix(codes, scales, zeros, bits, columns, first)
