@@ -116,7 +116,7 @@ def test_blocks_of_rows_do_not_show(monkeypatch):
     found = changed("model.layers.0.mlp.up_proj.weight", weight, change)
     assert torch.equal(expected, found)
     assert whole.audit.worst_step == change.audit.worst_step
-    assert whole.audit.worst_rms == pytest.approx(change.audit.worst_rms, rel=1e-12)
+    assert whole.audit.worst_rms == pytest.approx(change.audit.worst_rms, rel=1e-5)  # summed in float32
     first, again, other = (changed("lm_head.weight", weight, PerturbedWeights(scheme, seed)) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
     plain = changed("model.layers.0.self_attn.sqk.weight", weight, change)
