@@ -54,6 +54,9 @@ from transformers import AutoConfig, PretrainedConfig
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
+_ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+
+
 def runtime_config(base: Any) -> Any:
     """A configuration class of transformers 4, with config.json's keys as they stand; `base` is its PretrainedConfig."""
 
@@ -61,10 +64,12 @@ def runtime_config(base: Any) -> Any:
         model_type = "ngpt"
 
         def __init__(self, **keys: Any) -> None:
+            # The position code has several spellings: what the file does not state must not be filled in beside what it does.
+            unstated = {key for key in _ROPE if keys.get(key) is None}
             own = {key: keys.pop(key, default) for key, default in DEFAULTS.items()}
             common = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
             super().__init__(**{key: own[key] for key in common}, **keys)
-            for key in own.keys() - set(common):
+            for key in own.keys() - unstated - set(common):
                 setattr(self, key, own[key])
             self.num_key_value_heads = own["num_key_value_heads"] or own["num_attention_heads"]
             self.head_dim = own["head_dim"] or own["hidden_size"] // own["num_attention_heads"]
