@@ -251,6 +251,13 @@ class NGPTModel(DecoderModel):
         """Hidden states [num_tokens, E]; one of input_ids and inputs_embeds is given."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if kwargs.get("lora_params"):
+            raise UnsupportedError(
+                "LoRA adapters of nGPT in TensorRT-LLM's PyTorch flow",
+                expected="no lora_params",
+                found="some",
+                remedy="merge the adapter into the checkpoint first",
+            )
         h: torch.Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         for layer in self.layers:
             h = layer(position_ids=position_ids, hidden_states=h, attn_metadata=attn_metadata)
@@ -269,6 +276,14 @@ class NGPTForCausalLM(DecoderModelForCausalLM):
                 expected="no quant_algo",
                 found=str(model_config.quant_config.quant_algo),
                 remedy="use the engine flow of TensorRT-LLM 1.2",
+            )
+        if getattr(model_config.mapping, "enable_attention_dp", False):
+            # Each rank would hold every head, and the slice of q_scale that is a rank's own would be another's.
+            raise UnsupportedError(
+                "attention data parallelism of nGPT in TensorRT-LLM's PyTorch flow",
+                expected="enable_attention_dp false",
+                found="true",
+                remedy="leave it out, and divide the model by tensor_parallel_size alone",
             )
         keys = config_dict(config)
         spec = NGPTSpec.from_config(keys)

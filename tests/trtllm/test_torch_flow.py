@@ -161,3 +161,17 @@ def test_requests_do_not_see_each_other():
         (second[1], 0, slice(9, 10)),
     ):
         assert np.abs(got - case.logits[row][piece]).max() <= LOGIT_ERROR
+
+
+def test_what_would_be_wrong_without_a_word_is_refused():
+    """Attention data parallelism takes another rank's slice of q_scale; adapters were swallowed by **kwargs."""
+    with trtllm_torch.installed():
+        module = importlib.import_module("export.trtllm.modeling_ngpt")
+        config = trtllm_torch.ModelConfig(AutoConfig.from_pretrained(GOLDEN / "gqa"), Mapping())
+        config.pretrained_config.torch_dtype = torch.float32
+        model = module.NGPTForCausalLM(config)
+        with pytest.raises(UnsupportedError, match="LoRA adapters"):
+            model.model(None, input_ids=torch.zeros(1, dtype=torch.int64), lora_params={"num_seqs": 1})
+        config.mapping.enable_attention_dp = True
+        with pytest.raises(UnsupportedError, match="attention data parallelism"):
+            module.NGPTForCausalLM(config)
