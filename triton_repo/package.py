@@ -235,10 +235,8 @@ def _checked_manifest(engine: Path, allow_unverified: bool, num_slots: int) -> M
         verify_files(engine, manifest)
         for name in TOKENIZER_FILES:
             contained_path(engine, name)  # copied where it is there, even if the manifest does not name it
-        verdict = standing(engine, manifest)
     except ServingError as error:
-        remedy = error.remedy or "Build the engine again."
-        raise PackagingError("this engine cannot be packaged", found=_without_remedy(error), remedy=remedy) from error
+        raise _unusable(error) from error
     try:
         check_slots(manifest, num_slots)
     except ServingError as error:
@@ -249,6 +247,10 @@ def _checked_manifest(engine: Path, allow_unverified: bool, num_slots: int) -> M
         )
     if LAYOUTS[manifest.target.runtime] is TENSORRT_LLM:
         _check_batch(engine, manifest, num_slots)
+    try:
+        verdict = standing(engine, manifest)
+    except ServingError as error:
+        raise _unusable(error) from error
     if verdict != "pass" and not allow_unverified:
         raise PackagingError(
             f"the engine {manifest.name} has no passed parity verdict",
@@ -259,8 +261,9 @@ def _checked_manifest(engine: Path, allow_unverified: bool, num_slots: int) -> M
     return manifest
 
 
-def _without_remedy(error: ServingError) -> str:
-    return str(error).removesuffix(error.remedy).rstrip(" .")
+def _unusable(error: ServingError) -> PackagingError:
+    found = str(error).removesuffix(error.remedy).rstrip(" .")
+    return PackagingError("this engine cannot be packaged", found=found, remedy=error.remedy or "Build the engine again.")
 
 
 def _refuse_options_of_others(

@@ -18,6 +18,9 @@ import numpy as np
 import pytest
 
 from deploy.probe import COUNTERS
+from engines.parity import Check, ParityReport
+from engines.parity.subject import subject_of
+from engines.record import record_verdict
 from engines.runtime.manifest import describe_file, read_manifest, write_manifest
 from ngpt.errors import PackagingError
 from tests.conftest import ROOT, TINY
@@ -57,7 +60,11 @@ def trtllm_engine(tiny_engine_folder, tmp_path_factory) -> Path:
     tiny = read_manifest(tiny_engine_folder)
     target = replace(tiny.target, name="h100-trtllm", runtime="tensorrt_llm", providers=(), executed=False)
     files = {path.relative_to(folder).as_posix(): describe_file(path) for path in folder.rglob("*") if path.is_file()}
-    write_manifest(folder, replace(tiny, target=target, graph="engine/rank0.engine", files=files))
+    write_manifest(folder, replace(tiny, target=target, graph="engine/rank0.engine", files=files, parity=None))
+    # A verdict that nobody reached, on these files: what is tested here comes after it.
+    subject = subject_of(read_manifest(folder)).to_dict()
+    checks = [Check("none: made for a test", 0.0, 0.0, 0.0, "", 1)]
+    record_verdict(folder, ParityReport("pass", {"verdict": "pass"}, checks, subject=subject))
     return folder
 
 
