@@ -19,7 +19,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LEGS = ["lowest", "newest"]
 LIBRARIES = ("transformers", "onnxruntime")
-TENSORRT_LLM = ("transformers==4.57.1", "huggingface_hub<1", "tokenizers==0.22.1")
+TENSORRT_LLM = (
+    "transformers==4.57.1",
+    "huggingface_hub<1",
+    "tokenizers==0.22.1",
+    "requests",
+    "urllib3",
+    "idna",
+    "certifi",
+    "charset-normalizer",
+)
 TESTING = ("pytest", "hypothesis", "accelerate")
 TESTS = ("tests/ngpt",)
 TARGET = "cpu-int8"
