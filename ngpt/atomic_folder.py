@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ngpt.errors import BuildError, NGPTDeployError, OutputExistsError, os_trouble
+from ngpt.file_lock import taken
 
 try:
     import fcntl
@@ -118,12 +119,12 @@ def scratch_folder(beside: Path) -> Iterator[Path]:
             os.close(lock)
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write a text file that is there whole or as it was before. Raises OSError."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+def replace_file(path: Path, data: str | bytes) -> None:
+    """Write a file, text as UTF-8, that is there whole or as it was before. Raises OSError."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name[:32]}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
         Path(name).chmod(0o644)
         Path(name).replace(path)
     except BaseException:
@@ -230,15 +231,7 @@ def _claim(output: Path) -> tuple[Path, int]:
 
 def _lock(lock: int) -> bool:
     """Whether the lock is held now and its file still in place; True, too, where the file system has no locks."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return os.fstat(lock).st_nlink > 0
+    return taken(lock) and os.fstat(lock).st_nlink > 0
 
 
 def _remove(work: Path) -> None:

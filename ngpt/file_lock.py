@@ -30,7 +30,7 @@ def locked(path: Path, *, waiting: Callable[[str], None] | None = None) -> Itera
         while True:
             if lock < 0:
                 lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-            if _taken(lock):
+            if taken(lock):
                 if os.fstat(lock).st_nlink:
                     break
                 os.close(lock)  # whoever held it has removed it: the one that is there now is meant
@@ -52,7 +52,7 @@ def locked(path: Path, *, waiting: Callable[[str], None] | None = None) -> Itera
             os.close(lock)
 
 
-def _taken(lock: int) -> bool:
+def taken(lock: int) -> bool:
     """Whether the lock is held now; True, too, where there are no locks."""
     if fcntl is None:
         return True

@@ -6,12 +6,10 @@ how far they move with other random tokens; that of speeds, how far they move fr
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +19,7 @@ from engines.parity.report import ParityReport
 from engines.runtime.errors import EngineFileError
 from engines.runtime.manifest import Manifest, read_bounded
 from engines.runtime.verdict import REPORT_FILES
+from ngpt.atomic_folder import replace_file
 from ngpt.errors import BuildError, os_trouble
 
 SCHEMA_VERSION = 1
@@ -231,23 +230,12 @@ def write_baseline(path: Path, manifest: Manifest, entry: Entry) -> None:
 
 def write_whole(path: Path, data: bytes) -> None:
     """A file that appears whole or stays as it was. Raises BuildError where it cannot be written."""
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name[:32]}.", dir=path.parent)
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-        temporary = None
+        replace_file(path, data)
     except (OSError, ValueError) as error:
         found, remedy = os_trouble(error) if isinstance(error, OSError) else (str(error), "choose another name")
         raise BuildError(f"{path} cannot be written", found=found, remedy=remedy) from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
 
 
 def _positions(report: ParityReport) -> int:
