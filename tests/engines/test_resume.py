@@ -211,7 +211,7 @@ def test_a_lock_whose_file_was_removed_is_taken_anew(tmp_path):
 
 
 def test_a_lock_file_that_goes_between_opening_and_locking_is_not_the_lock(tmp_path, monkeypatch):
-    path, usual, left = tmp_path / "lock", ngpt.file_lock._taken, [1]
+    path, usual, left = tmp_path / "lock", ngpt.file_lock.taken, [1]
 
     def taken(lock):
         if left:
@@ -219,7 +219,7 @@ def test_a_lock_file_that_goes_between_opening_and_locking_is_not_the_lock(tmp_p
             path.unlink()
         return usual(lock)
 
-    monkeypatch.setattr(ngpt.file_lock, "_taken", taken)
+    monkeypatch.setattr(ngpt.file_lock, "taken", taken)
     with locked(path) as held:
         assert held and path.exists()
         with locked(path) as other:
