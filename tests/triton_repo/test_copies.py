@@ -1,5 +1,6 @@
 """What was copied into a model repository is what is served: a copy that changed is refused by name as its model starts."""
 
+import ast
 import json
 import logging
 import shutil
@@ -10,6 +11,7 @@ from google.protobuf.json_format import MessageToDict
 from tritonclient.grpc import model_config_pb2
 
 from ngpt.errors import ServerError
+from tests.conftest import ROOT
 from triton_repo import TritonServer, package_engine
 from triton_repo.config_pbtxt import parameters_of
 from triton_repo.copies import DIGESTS, ChangedCopyError, check_copies
@@ -94,3 +96,17 @@ def test_the_server_does_not_serve_a_changed_copy(models, tmp_path):
         "tokenizer/tokenizer.json is not what was packaged" in said
         or "is not what was packaged" in (tmp_path / "log").read_text()
     )
+
+
+@pytest.mark.parametrize(
+    "name", ["engine/model", "shared/preprocessing", "shared/postprocessing", "trtllm_backend/text", "trtllm_pytorch/model"]
+)
+def test_every_model_compares_its_copies_before_it_reads_one(name):
+    tree = ast.parse((ROOT / "triton_repo" / "templates" / f"{name}.py").read_text())
+    start = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "initialize")
+    called = [node.func.id for node in ast.walk(start) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    lines = {
+        node.func.id: node.lineno for node in ast.walk(start) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    assert "check_copies" in called
+    assert all(lines["check_copies"] < line for other, line in lines.items() if other in ("load_engine", "_import", "Tokenizer"))
